@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real tokenizers, models and data sets (FEDMKT_DATA_DIR, else ../shared/data); skips where absent."""
+    """Real tokenizers, models and data sets (FEDMKT_DATA_DIR, else ../shared/data); skips where absent."""
     named = os.environ.get("FEDMKT_DATA_DIR")
     folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
     if not (folder / "tokenizers").is_dir():

@@ -1,1 +1,1 @@
-"""The torch boundary: everything that touches a model lives here, and nothing outside imports torch but the services that own one."""
+"""The torch boundary: whatever touches a model lives here; of the rest only services that own a model import torch."""
