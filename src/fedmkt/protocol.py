@@ -160,6 +160,10 @@ class ModelCard(Message):
     device: str = Field(default="cpu", max_length=100)
 
 
+class EnrolmentTokenRequest(Message):
+    site: Name = Field(description="one of the federation's named sites")
+
+
 class EnrolmentToken(Message):
     site: Name
     token: str
@@ -190,6 +194,12 @@ class AccessToken(Message):
     expires_in_s: int
 
 
+class KeysView(Message):
+    """The coordinator's raw Ed25519 public keys, hexadecimal, that sign receipts; the present one first."""
+
+    public_keys: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(min_length=1)
+
+
 class VocabularyReceipt(Message):
     fingerprint: Digest
     size: int
@@ -216,6 +226,26 @@ class SiteView(Message):
     vocabulary: Digest | None = Field(default=None, description="fingerprint")
     private_samples: Count | None = None
     last_seen_at: datetime | None = None
+
+
+class SiteSelf(Message):
+    """What a site may know of itself and its federation (`GET /v1/me`)."""
+
+    federation_id: Id
+    site: SiteView
+    config: FederationConfig
+    public_set: Digest | None = Field(description="artifact: the public set in canonical form")
+    public_samples: Count
+
+
+class PublicSetReceipt(Message):
+    digest: Digest = Field(description="of the canonical form, which is also the artifact")
+    samples: Count
+
+
+class ArtifactReceipt(Message):
+    digest: Digest
+    size_bytes: Count
 
 
 # ------------------------------------------------------------------------------------------------ measurements
@@ -293,7 +323,7 @@ class Apply(Message):
 
 class Wait(Message):
     kind: Literal["wait"] = "wait"
-    until: datetime
+    until: datetime = Field(description="ask again then at the latest; a long poll may ask again at once")
     reason: str = Field(max_length=500)
 
 
@@ -438,7 +468,9 @@ class RoundView(Message):
     sites: tuple[SiteProgress, ...]
     llm_progress: LlmProgress | None
     llm_result: DistillResult | None
-    state_seconds: dict[str, Seconds] = Field(description="time spent in each state so far")
+    state_seconds: dict[str, Seconds] = Field(
+        description="time spent in each state that has ended; the present one began at started_at plus their sum"
+    )
 
 
 class RoundRequest(Message):

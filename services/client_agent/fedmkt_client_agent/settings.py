@@ -1,0 +1,49 @@
+"""Everything that can be set, read once from FEDMKT_ variables or the command line and passed down."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="FEDMKT_", frozen=True, extra="ignore")
+
+    coordinator_url: str = Field(description="e.g. https://fedmkt.example.org")
+    enrolment_token: SecretStr | None = Field(default=None, description="one-time token, for the first start only")
+    enrolment_token_file: Path | None = Field(default=None, description="a file that holds it")
+
+    model: str = Field(description="folder or hub id of the site's model; safetensors, never remote code")
+    model_revision: str | None = Field(default=None, description="pinned commit, for a hub id")
+    device: str = "auto"
+    dtype: str = "auto"
+    gradient_checkpointing: bool = Field(default=False, description="less memory, a third more time")
+    torch_threads: int = Field(default=1, ge=0, description="CPU threads of torch; 0 leaves torch's own choice")
+
+    private_file: Path = Field(
+        description="JSONL of {text}, {prompt, completion} or {messages}; never leaves this host"
+    )
+    private_holdout_share: float = Field(default=0.1, gt=0, le=0.5, description="kept from training, for the gate")
+
+    state_dir: Path = Field(default=Path("fedmkt-agent"), description="key, progress, adapter and optimizer state")
+    status_host: str = "127.0.0.1"
+    status_port: int | None = Field(default=None, ge=0, le=65535, description="status pages; 0 chooses, none if unset")
+    checkpoint_s: float = Field(default=300.0, gt=0, description="longest private training that a kill can cost")
+    poll_s: float = Field(default=30.0, ge=0, le=60, description="how long the coordinator may hold an answer back")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_style: Literal["json", "text"] = "json"
+
+    @model_validator(mode="after")
+    def _one_token(self) -> "Settings":
+        if self.enrolment_token is not None and self.enrolment_token_file is not None:
+            raise ValueError("give the enrolment token once: enrolment_token or enrolment_token_file")
+        return self
+
+    def token(self) -> str | None:
+        """The enrolment token, if one is given and its file is still there; an enrolled site needs none."""
+        if self.enrolment_token is not None:
+            return self.enrolment_token.get_secret_value()
+        if self.enrolment_token_file is not None and self.enrolment_token_file.exists():
+            return self.enrolment_token_file.read_text().strip()
+        return None

@@ -1,0 +1,77 @@
+"""What the agent is doing now: kept in memory, logged, and shown on the local status pages."""
+
+import logging
+import threading
+import time
+from datetime import UTC, datetime
+from typing import Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from fedmkt import __version__
+
+log = logging.getLogger(__name__)
+
+LOG_INTERVAL_S = 10.0  # progress within one step is logged this often at most
+
+State = Literal["starting", "waiting", "working", "unreachable", "failed", "finished", "stopped"]
+
+
+class StatusView(BaseModel):
+    """No private text, no path, no sample: only where the work stands."""
+
+    version: str = __version__
+    state: State = "starting"
+    reason: str = ""
+    site: str | None = None
+    federation_id: str | None = None
+    round_id: str | None = None
+    round_number: int | None = None
+    step: str = ""
+    done: int = 0
+    total: int = 0
+    rounds_applied: int = 0
+    since: datetime
+
+
+class Status:
+    """Written by the agent's thread, read by the status pages."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._view = StatusView(since=datetime.now(UTC))
+        self._logged_at = 0.0
+
+    @property
+    def view(self) -> StatusView:
+        return self._view
+
+    def update(self, **changes: object) -> None:
+        with self._lock:
+            if "state" in changes and changes["state"] != self._view.state:
+                changes = {"since": datetime.now(UTC), "reason": "", **changes}
+            self._view = self._view.model_copy(update=changes)
+
+    def progress(self, step: str, done: int = 0, total: int = 0) -> None:
+        """Note how far a step is; logs its beginning and then now and again."""
+        begins = step != self._view.step
+        self.update(step=step, done=done, total=total)
+        if begins or time.monotonic() - self._logged_at > LOG_INTERVAL_S:
+            self._logged_at = time.monotonic()
+            log.info("step.progress", extra={"step": step, "done": done, "total": total})
+
+
+def build_app(status: Status) -> FastAPI:
+    """GET /healthz, /status. For the loopback interface; says nothing that is secret, asks for no credential."""
+    app = FastAPI(title="FedMKT agent", version=__version__, docs_url=None, redoc_url=None)
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/status")
+    async def show() -> StatusView:
+        return status.view
+
+    return app

@@ -1,0 +1,127 @@
+"""Putting the coordinator together. `create_app` opens nothing; the lifespan does, and closes it again."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import UTC, datetime
+
+from fastapi import FastAPI
+
+from fedmkt import __version__
+from fedmkt_coordinator import credentials
+from fedmkt_coordinator.artifacts import ArtifactStore
+from fedmkt_coordinator.context import Context
+from fedmkt_coordinator.embedded_redis import EmbeddedRedis
+from fedmkt_coordinator.keeper import Keeper
+from fedmkt_coordinator.keys import CoordinatorKey
+from fedmkt_coordinator.limits import BodyLimit
+from fedmkt_coordinator.problems import install_problems
+from fedmkt_coordinator.public_sets import PublicSets
+from fedmkt_coordinator.queue import JobQueue, without_password
+from fedmkt_coordinator.routes import routers
+from fedmkt_coordinator.settings import Settings
+from fedmkt_coordinator.store import Clock, Store, open_engine
+from fedmkt_coordinator.store.migrate import migrate
+from fedmkt_coordinator.wakeups import Announcer, Wakeups
+
+log = logging.getLogger(__name__)
+
+Loop = Callable[[], Awaitable[None]]
+RESTART_LOOP_S = 1.0
+DESCRIPTION = """
+Federated mutual knowledge transfer: one large language model and many small ones teach each other without any private
+text or weight leaving a site. Errors are RFC 9457 problems with a stable `code`.
+"""
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def create_app(settings: Settings, *, clock: Clock = utc_now, keep_time: bool = True) -> FastAPI:
+    """`keep_time=False` leaves the keeper's loop out: a test moves the clock and calls `app.state.keeper.tick()`."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            redis = await _embedded_redis(settings, stack)
+            context = await _open(settings, clock, redis, stack)
+            announcer = Announcer(context.store, context.queue, context.wakeups)
+            context.store.after_commit = announcer.announce
+            keeper = Keeper(context, announcer, redis)
+            app.state.context, app.state.keeper = context, keeper
+            loops: list[Loop] = [announcer.run, announcer.listen, *([keeper.run] if keep_time else [])]
+            await stack.enter_async_context(_running(loops))
+            log.info(
+                "coordinator.started", extra={"version": __version__, "redis": without_password(context.redis_url)}
+            )
+            yield
+            context.wakeups.stop()
+        log.info("coordinator.stopped")
+
+    app = FastAPI(title="FedMKT coordinator", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    install_problems(app)
+    for router in routers():
+        app.include_router(router)
+    app.add_middleware(BodyLimit)
+    return app
+
+
+async def _embedded_redis(settings: Settings, stack: AsyncExitStack) -> EmbeddedRedis | None:
+    if settings.redis_url is not None:
+        return None
+    redis = EmbeddedRedis(settings.state_dir / "redis")
+    stack.push_async_callback(redis.stop)
+    await redis.start()
+    return redis
+
+
+async def _open(settings: Settings, clock: Clock, redis: EmbeddedRedis | None, stack: AsyncExitStack) -> Context:
+    """Everything that a request needs, opened in order and closed in reverse."""
+    database_url = settings.database_url.get_secret_value() if settings.database_url else None
+    engine = open_engine(database_url, settings.state_dir)
+    store = Store(engine, clock)
+    stack.push_async_callback(store.close)
+    await migrate(engine)
+    await credentials.install(store, settings)
+    redis_url = redis.url if redis is not None else settings.redis_url.get_secret_value() if settings.redis_url else ""
+    queue = JobQueue.connect(redis_url)
+    stack.push_async_callback(queue.close)
+    artifacts = ArtifactStore.open(settings.artifacts_url, settings.state_dir)
+    return Context(
+        settings=settings,
+        store=store,
+        artifacts=artifacts,
+        public_sets=PublicSets(artifacts),
+        queue=queue,
+        redis_url=redis_url,
+        wakeups=Wakeups(settings.poll_recheck_s),
+        key=await CoordinatorKey.load(store),
+        clock=clock,
+        checking=asyncio.Semaphore(settings.check_threads),
+    )
+
+
+@asynccontextmanager
+async def _running(loops: list[Loop]) -> AsyncIterator[None]:
+    """Background loops, ended with the block."""
+    tasks = [asyncio.create_task(_kept_alive(loop)) for loop in loops]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+async def _kept_alive(loop: Loop) -> None:
+    while True:
+        try:
+            await loop()
+        except Exception:  # the top of a loop that the service cannot do without
+            log.exception("coordinator.loop_failed")
+            await asyncio.sleep(RESTART_LOOP_S)

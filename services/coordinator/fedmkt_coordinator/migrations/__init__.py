@@ -1,0 +1,1 @@
+"""Alembic's scripts, run by `fedmkt_coordinator.store.migrate` at every start."""

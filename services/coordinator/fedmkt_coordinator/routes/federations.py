@@ -1,0 +1,84 @@
+"""Federations, their public set, LLM and adapters."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from fedmkt.protocol import (
+    AdapterPage,
+    FederationConfig,
+    FederationPage,
+    FederationView,
+    LlmRegistration,
+    PublicSetReceipt,
+)
+from fedmkt_coordinator import federations
+from fedmkt_coordinator.context import Ctx
+from fedmkt_coordinator.routes.conditional import conditional
+from fedmkt_coordinator.routes.paging import Cursor, Limit, number
+from fedmkt_coordinator.security import Operator, Reader, Worker
+from fedmkt_coordinator.views import adapter_view, federation_view
+
+router = APIRouter(prefix="/v1/federations", tags=["federations"])
+
+
+@router.post("", status_code=201, dependencies=[Operator], summary="Create a federation")
+async def create(context: Ctx, config: FederationConfig, response: Response) -> FederationView:
+    """201 when it is new; 200 when a federation of that name has exactly this configuration."""
+    federation, new = await federations.create(context.store, config)
+    response.status_code = 201 if new else 200
+    return await _view(context, federation.id)
+
+
+@router.get("", dependencies=[Reader], response_model=FederationPage, summary="List federations by name")
+async def list_all(
+    context: Ctx, request: Request, cursor: Annotated[str, Query(max_length=63)] = "", limit: Limit = 50
+) -> Response:
+    async with context.store.read() as tx:
+        found = await tx.federations_after(cursor, limit + 1)
+        views = [await federation_view(tx, each) for each in found[:limit]]
+    more = found[limit - 1].name if len(found) > limit else None
+    return conditional(request, FederationPage(items=tuple(views), next_cursor=more))
+
+
+@router.get("/{federation_id}", dependencies=[Reader], response_model=FederationView, summary="Read a federation")
+async def read(context: Ctx, request: Request, federation_id: str) -> Response:
+    return conditional(request, await _view(context, federation_id))
+
+
+@router.put("/{federation_id}/public-set", dependencies=[Operator], summary="Upload the public set as JSONL")
+async def put_public_set(context: Ctx, request: Request, federation_id: str) -> PublicSetReceipt:
+    """Lines of `{id, prompt, completion}`, `{id, text}` or `{id, messages}`. Fixed once a round has begun."""
+    source = await request.body()
+    return await federations.put_public_set(
+        context.store, context.artifacts, context.public_sets, federation_id, source
+    )
+
+
+@router.put("/{federation_id}/llm", dependencies=[Worker], summary="Register the LLM")
+async def register_llm(context: Ctx, federation_id: str, registration: LlmRegistration) -> FederationView:
+    """Its vocabulary must have been uploaded as an artifact before. Fixed once a round has begun."""
+    await federations.register_llm(context.store, context.artifacts, federation_id, registration)
+    return await _view(context, federation_id)
+
+
+@router.get(
+    "/{federation_id}/adapters",
+    dependencies=[Reader],
+    response_model=AdapterPage,
+    summary="List the LLM's adapters, newest first",
+)
+async def adapters(
+    context: Ctx, request: Request, federation_id: str, cursor: Cursor = None, limit: Limit = 50
+) -> Response:
+    async with context.store.read() as tx:
+        await tx.federation(federation_id)
+        found = await tx.adapters_before(federation_id, number(cursor), limit + 1)
+    more = str(found[limit - 1].version) if len(found) > limit else None
+    page = AdapterPage(items=tuple(adapter_view(each) for each in found[:limit]), next_cursor=more)
+    return conditional(request, page)
+
+
+async def _view(context: Ctx, federation_id: str) -> FederationView:
+    async with context.store.read() as tx:
+        return await federation_view(tx, await tx.federation(federation_id))

@@ -1,0 +1,34 @@
+"""Events: every transition leaves one, in the order of commits."""
+
+from sqlalchemy import select, update
+
+from fedmkt_coordinator.store.records import EventRow
+from fedmkt_coordinator.store.statements import Statements
+from fedmkt_coordinator.store.tables import events, federations
+
+
+class Events(Statements):
+    async def append(
+        self,
+        federation_id: str,
+        kind: str,
+        *,
+        round_id: str | None = None,
+        site: str | None = None,
+        **data: str | int | float | bool | None,
+    ) -> None:
+        """Add a fact to the transaction; it is told to others when the transaction commits.
+
+        The sequence is counted in the federation's row, whose lock is kept until the commit: whoever reads event n can
+        be sure that no smaller number is still to come. A database sequence would not promise that.
+        """
+        count = federations.c.events + 1
+        statement = update(federations).where(federations.c.id == federation_id).values(events=count)
+        sequence = await self._scalar(statement.returning(federations.c.events))
+        row = EventRow(federation_id, int(sequence), self.now, kind, round_id, site, data)
+        await self._insert(events, row)
+        self.outbox.federations.add(federation_id)
+
+    async def events_after(self, federation_id: str, sequence: int, limit: int) -> list[EventRow]:
+        statement = select(events).where(events.c.federation_id == federation_id, events.c.sequence > sequence)
+        return await self._all(EventRow, statement.order_by(events.c.sequence).limit(limit))

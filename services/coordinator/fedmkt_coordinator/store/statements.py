@@ -1,0 +1,83 @@
+"""What every part of a transaction is built from: typed reads, and writes that say whether they changed a row."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import Executable, Table, Update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import CursorResult
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from fedmkt.errors import Refusal
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record")
+
+
+class StateChanged(Refusal):
+    """A conditional update found another state than the one the decision was made on."""
+
+    status = 409
+    code = "state.changed"
+    title = "Something else happened first"
+
+
+@dataclass(slots=True)
+class Outbox:
+    """What to tell others once the transaction is committed: federations that changed, jobs that wait."""
+
+    federations: set[str] = field(default_factory=set)
+    jobs: bool = False
+
+
+class Statements:
+    """One transaction. `now` is one instant for all of it."""
+
+    def __init__(self, connection: AsyncConnection, now: datetime) -> None:
+        self.now = now
+        self.outbox = Outbox()
+        self._connection = connection
+
+    async def _all(self, record: type[Record], statement: Executable) -> list[Record]:
+        result = await self._connection.execute(statement)
+        return [record(*row) for row in result]
+
+    async def _first(self, record: type[Record], statement: Executable) -> Record | None:
+        row = (await self._connection.execute(statement)).first()
+        return None if row is None else record(*row)
+
+    async def _scalar(self, statement: Executable) -> Any:
+        return (await self._connection.execute(statement)).scalar()
+
+    async def _count(self, statement: Executable) -> int:
+        """Rows that a write changed."""
+        result = await self._connection.execute(statement)
+        assert isinstance(result, CursorResult)
+        return result.rowcount
+
+    async def _change(self, statement: Update, expectation: str) -> None:
+        """A conditional update of exactly one row."""
+        changed = await self._count(statement)
+        if changed != 1:
+            raise StateChanged(f"{expectation}: {changed} rows were changed, 1 was expected; read it again and retry")
+
+    async def _insert(self, table: Table, row: "DataclassInstance") -> None:
+        await self._connection.execute(table.insert().values(_values(row)))
+
+    async def _insert_all(self, table: Table, rows: "Sequence[DataclassInstance]") -> None:
+        if rows:
+            await self._connection.execute(table.insert(), [_values(row) for row in rows])
+
+    async def _insert_new(self, table: Table, row: "DataclassInstance | Mapping[str, Any]") -> bool:
+        """Insert unless a row with the same unique key stands there; True when the row is new."""
+        values = dict(row) if isinstance(row, Mapping) else _values(row)
+        dialect = sqlite if self._connection.dialect.name == "sqlite" else postgresql
+        return await self._count(dialect.insert(table).values(values).on_conflict_do_nothing()) == 1
+
+
+def _values(row: "DataclassInstance") -> dict[str, Any]:
+    return {each.name: getattr(row, each.name) for each in fields(row)}

@@ -1,0 +1,93 @@
+"""Uploads and the chunks that have arrived."""
+
+from collections.abc import Iterable
+
+from sqlalchemy import delete, exists, not_, or_, select, update
+
+from fedmkt.errors import Refusal
+from fedmkt.protocol import Manifest
+from fedmkt_coordinator.ids import new_id
+from fedmkt_coordinator.store.records import UploadRow, UploadRowState
+from fedmkt_coordinator.store.statements import Statements
+from fedmkt_coordinator.store.tables import ACTIVE_STATES, rounds, upload_chunks, uploads
+
+LIVE = ("open", "accepted")
+
+
+class UploadUnknown(Refusal):
+    status = 404
+    code = "upload.unknown"
+    title = "No such upload"
+
+
+class Uploads(Statements):
+    async def add_upload(self, federation_id: str, site: str, manifest: Manifest) -> UploadRow:
+        row = UploadRow(
+            id=new_id("upload"),
+            federation_id=federation_id,
+            round_id=manifest.round_id,
+            site=site,
+            manifest=manifest,
+            kind=manifest.kind,
+            state="open",
+            created_at=self.now,
+            accepted_at=None,
+        )
+        await self._insert(uploads, row)
+        return row
+
+    async def live_upload(self, round_id: str, site: str, kind: str) -> UploadRow | None:
+        """The one upload of this site, round and kind that is open or accepted."""
+        statement = select(uploads).where(
+            uploads.c.round_id == round_id, uploads.c.site == site, uploads.c.kind == kind, uploads.c.state.in_(LIVE)
+        )
+        return await self._first(UploadRow, statement)
+
+    async def upload(self, upload_id: str) -> UploadRow:
+        found = await self._first(UploadRow, select(uploads).where(uploads.c.id == upload_id))
+        if found is None:
+            raise UploadUnknown(f"there is no upload {upload_id}; announce it with POST /v1/uploads")
+        return found
+
+    async def move_upload(self, row: UploadRow, state: UploadRowState) -> UploadRow:
+        """From the state in `row` to another one, or StateChanged."""
+        accepted_at = self.now if state == "accepted" else None
+        await self._change(
+            update(uploads)
+            .where(uploads.c.id == row.id, uploads.c.state == row.state)
+            .values(state=state, accepted_at=accepted_at),
+            f"upload {row.id} is no longer {row.state}",
+        )
+        return await self.upload(row.id)
+
+    async def abandon_uploads(self, round_id: str, site: str, *, only_open: bool = False) -> None:
+        """Whatever the site has sent for this round no longer counts, or will not be completed."""
+        states = ("open",) if only_open else LIVE
+        mine = (uploads.c.round_id == round_id) & (uploads.c.site == site) & uploads.c.state.in_(states)
+        await self._count(update(uploads).where(mine).values(state="abandoned"))
+
+    async def add_chunk(self, upload_id: str, number: int) -> None:
+        await self._insert_new(upload_chunks, {"upload_id": upload_id, "number": number})
+
+    async def chunks(self, upload_id: str) -> set[int]:
+        statement = select(upload_chunks.c.number).where(upload_chunks.c.upload_id == upload_id)
+        return {int(row[0]) for row in await self._connection.execute(statement)}
+
+    async def forget_chunks(self, upload_id: str) -> None:
+        """Call it when the chunks themselves are gone: the rows say what there is to delete."""
+        await self._count(delete(upload_chunks).where(upload_chunks.c.upload_id == upload_id))
+
+    async def uploading_sites(self, round_ids: Iterable[str]) -> set[tuple[str, str]]:
+        """(round id, site) of every upload that is announced and not complete."""
+        statement = select(uploads.c.round_id, uploads.c.site).where(
+            uploads.c.state == "open", uploads.c.round_id.in_(list(round_ids))
+        )
+        return {(str(row[0]), str(row[1])) for row in await self._connection.execute(statement)}
+
+    async def leftover_uploads(self, limit: int) -> list[UploadRow]:
+        """Uploads that take no more bytes and still have chunks, or are open although their round has ended."""
+        over = uploads.c.round_id.in_(select(rounds.c.id).where(rounds.c.state.not_in(ACTIVE_STATES)))
+        chunks = exists().where(upload_chunks.c.upload_id == uploads.c.id)
+        is_open = uploads.c.state == "open"
+        statement = select(uploads).where(or_(is_open & over, not_(is_open) & chunks))
+        return await self._all(UploadRow, statement.limit(limit))

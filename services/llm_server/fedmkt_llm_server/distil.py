@@ -1,0 +1,227 @@
+"""The distil job: the LLM learns from what the sites uploaded. No HTTP: `fetch` and `publish` go by SHA-256."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+from fedmkt.errors import Refusal
+from fedmkt.knowledge import Knowledge, encode
+from fedmkt.lesson import Lesson, Teacher, TeacherSource, prepare_lesson
+from fedmkt.ml.adapters import average_adapters
+from fedmkt.ml.party import Party
+from fedmkt.ml.phases import (
+    Clock,
+    Distilled,
+    distil_phase,
+    own_knowledge,
+    public_evaluations,
+    shared_knowledge,
+    undone_on_error,
+)
+from fedmkt.protocol import DistillJob, DistillResult, SelectionReport, UploadedKnowledge
+from fedmkt.public_set import PublicSet
+from fedmkt.round_plan import RoundPlan
+from fedmkt.teachers import needed_map, read_teacher, read_vocabulary
+from fedmkt.vocabulary import Vocabulary
+from fedmkt_llm_server.llm import Llm
+from fedmkt_llm_server.state import LlmState
+
+log = logging.getLogger(__name__)
+
+KEPT_VOCABULARIES = 4  # parsed ones in memory: memory does not grow with the number of sites
+MAX_REASON = 500
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a distil job works with. `fetch` gives a file of its own that stays until the job ends."""
+
+    llm: Llm
+    state: LlmState
+    fetch: Callable[[str], Path]
+    publish: Callable[[bytes], str]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    selection: SelectionReport
+    refused: dict[str, str]
+    distilled: Distilled | None  # None: the LLM only teaches
+
+
+def distil(job: DistillJob, desk: Desk, report: Report) -> DistillResult:
+    """Learn, evaluate, keep or roll back, publish the LLM's own knowledge. Safe to repeat until it has succeeded."""
+    clock = Clock()
+    with clock.measure("fetch"):
+        plan = _plan(job, desk, report)
+        party = desk.llm.party(job.config, job.adapter, lambda: _read(desk, job.adapter))
+        sources = _sources(job, plan, desk, report) if job.config.llm_training else []
+    with clock.measure("own_knowledge"):
+        own = desk.state.own_knowledge(job.round_id, party.card.model_id, lambda: _own(party, plan, report))
+    with undone_on_error(party):  # what is not published did not happen
+        if job.config.llm_training:
+            outcome = _learn(job, plan, party, own, sources, clock, report)
+        else:
+            outcome = _Outcome(SelectionReport(), {}, None)
+        with clock.measure("publish"):
+            result = _publish(job, plan, party, own, outcome, desk, report)
+    desk.state.end_job(job.round_id, _only_here(job))
+    return result.model_copy(update={"phase_seconds": clock.rounded})
+
+
+def _only_here(job: DistillJob) -> list[str]:
+    """Artifacts that no other job reads."""
+    found = [digest for upload in job.uploads for digest in (upload.knowledge, upload.adapter)]
+    return [digest for digest in (*found, job.adapter) if digest is not None]
+
+
+# ------------------------------------------------------------------------------------------------ what it starts from
+
+
+def _plan(job: DistillJob, desk: Desk, report: Report) -> RoundPlan:
+    report("reading the public set", 0, 0)
+    public_set = PublicSet.from_jsonl(desk.fetch(job.public_set).read_bytes())
+    return RoundPlan(job.federation_id, job.round_number, job.slice_index, job.config, public_set)
+
+
+def _read(desk: Desk, digest: str | None) -> bytes:
+    assert digest is not None, "asked for only where there is one"
+    return desk.fetch(digest).read_bytes()
+
+
+def _own(party: Party, plan: RoundPlan, report: Report) -> Knowledge:
+    """The LLM's adapter version is the coordinator's to give; the round says how old the knowledge is."""
+    return own_knowledge(party, plan, adapter_version=plan.round_number - 1, progress=report)
+
+
+def _sources(job: DistillJob, plan: RoundPlan, desk: Desk, report: Report) -> list[TeacherSource]:
+    """Every upload as a file first, since a line that breaks must not look like a bad upload; read one at a time."""
+
+    @lru_cache(maxsize=KEPT_VOCABULARIES)
+    def vocabulary(artifact: str, fingerprint: str) -> Vocabulary:
+        return read_vocabulary(desk.fetch(artifact).read_bytes(), fingerprint)
+
+    def load(upload: UploadedKnowledge, knowledge: Path, vocab_map: Path) -> Teacher:
+        return read_teacher(
+            upload.site,
+            plan,
+            knowledge=knowledge.read_bytes(),
+            vocabulary=vocabulary(upload.vocabulary_artifact, upload.vocabulary),
+            vocab_map=vocab_map.read_bytes(),
+        )
+
+    sources = []
+    for done, upload in enumerate(job.uploads):
+        report("fetching the sites' knowledge", done, len(job.uploads))
+        knowledge = desk.fetch(upload.knowledge)
+        vocab_map = desk.fetch(needed_map(job.config.distillation, upload.vocabulary_maps))
+        desk.fetch(upload.vocabulary_artifact)
+        sources.append(TeacherSource(upload.site, partial(load, upload, knowledge, vocab_map)))
+    return sources
+
+
+# ------------------------------------------------------------------------------------------------ learning
+
+
+def _learn(
+    job: DistillJob,
+    plan: RoundPlan,
+    party: Party,
+    own: Knowledge,
+    sources: list[TeacherSource],
+    clock: Clock,
+    report: Report,
+) -> _Outcome:
+    refused: dict[str, str] = {}
+
+    def teach(knowledge: Knowledge) -> Lesson:
+        lesson = prepare_lesson(
+            plan.public_set,
+            knowledge,
+            party.vocabulary,
+            sources,
+            job.config.distillation,
+            plan.max_tokens,
+            progress=lambda done, total: report("comparing and projecting the sites' knowledge", done, total),
+        )
+        refused.update({site: reason[:MAX_REASON] for site, reason in lesson.refused_teachers.items()})
+        for site, reason in refused.items():
+            log.warning("knowledge.refused", extra={"round_id": job.round_id, "site": site, "reason": reason})
+        return lesson
+
+    distilled = distil_phase(party, plan, own, teach, clock=clock, progress=report)
+    return _Outcome(distilled.selection, refused, distilled)
+
+
+# ------------------------------------------------------------------------------------------------ what comes out
+
+
+def _publish(
+    job: DistillJob,
+    plan: RoundPlan,
+    party: Party,
+    own: Knowledge,
+    outcome: _Outcome,
+    desk: Desk,
+    report: Report,
+) -> DistillResult:
+    if job.config.distillation.profile == "paper" and outcome.distilled is not None:
+        own = _own(party, plan, report)  # algorithm 1 sends what the LLM knows after it learned
+    report("publishing the LLM's knowledge", 0, 0)
+    knowledge = desk.publish(encode(shared_knowledge(own, job.config.knowledge)))
+    averaged, left_out = _averaged(job, desk, report)
+    distilled = outcome.distilled
+    if distilled is None:
+        before = public_evaluations(party, plan, report)
+        return DistillResult(
+            knowledge=knowledge,
+            averaged_adapter=averaged,
+            selection=outcome.selection,
+            gate=None,
+            before=before,
+            after=before,
+            training=None,
+            refused_sites=left_out,
+        )
+    adapter = None if distilled.tried is None else desk.publish(distilled.tried)
+    if adapter is not None and (distilled.gate is None or distilled.gate.decision == "kept"):
+        desk.llm.committed(adapter)
+    return DistillResult(
+        knowledge=knowledge,
+        adapter=adapter,
+        averaged_adapter=averaged,
+        selection=outcome.selection,
+        gate=distilled.gate,
+        before=distilled.before,
+        after=distilled.after,
+        training=distilled.training,
+        refused_sites={**left_out, **outcome.refused},
+    )
+
+
+def _averaged(job: DistillJob, desk: Desk, report: Report) -> tuple[str | None, dict[str, str]]:
+    """FedAvg of the sites' adapters, weighted by private samples, where the federation wants it; who was left out."""
+    given = [upload for upload in job.uploads if upload.adapter is not None and upload.private_samples > 0]
+    if not job.config.average_adapters or not given:
+        return None, {}
+    report("averaging the sites' adapters", 0, len(given))
+    left_out: dict[str, str] = {}
+    parts: list[tuple[bytes, float]] = []
+    for upload in given:
+        blob = _read(desk, upload.adapter)
+        try:
+            average_adapters(
+                [*parts[:1], (blob, 1.0)]
+            )  # one that does not read, or does not fit the first, is left out
+        except Refusal as error:
+            left_out[upload.site] = f"its adapter: {error.detail}"[:MAX_REASON]
+            log.warning(
+                "adapter.refused", extra={"round_id": job.round_id, "site": upload.site, "reason": error.detail}
+            )
+            continue
+        parts.append((blob, float(upload.private_samples)))
+    return (desk.publish(average_adapters(parts)) if parts else None), left_out

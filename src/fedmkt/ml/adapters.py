@@ -1,0 +1,195 @@
+"""Adapters as bytes: a deterministic tar of a PEFT folder, read without trust, and their average. No torch.
+
+The tar holds adapter_config.json and adapter_model.safetensors, in this order, as plain USTAR members with nothing of
+this machine in their headers. Whatever else a tar can hold (links, devices, sparse files, long names) is refused.
+"""
+
+import json
+import math
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from fedmkt.errors import Refusal
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+MAX_ADAPTER_BYTES = 1 << 30
+MAX_CONFIG_BYTES = 1 << 16
+MAX_TENSORS = 100_000
+
+# settings that change what the tensors mean; two adapters that differ in one of them do not fit together
+MEANING = ("peft_type", "r", "lora_alpha", "target_modules", "fan_in_fan_out", "bias", "use_rslora", "use_dora")
+
+Tensors = dict[str, NDArray[np.float32]]
+
+
+class MalformedAdapter(Refusal):
+    code: ClassVar[str] = "adapter.malformed"
+    title: ClassVar[str] = "The adapter cannot be read"
+
+
+class AdapterTooLarge(MalformedAdapter):
+    status: ClassVar[int] = 413
+    code: ClassVar[str] = "adapter.too_large"
+    title: ClassVar[str] = "The adapter is too large"
+
+
+class AdapterNotFinite(MalformedAdapter):
+    code: ClassVar[str] = "adapter.nan"
+    title: ClassVar[str] = "The adapter holds values that are not finite"
+
+
+class AdaptersDiffer(Refusal):
+    code: ClassVar[str] = "adapter.mismatch"
+    title: ClassVar[str] = "The adapter does not fit"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """config: content of adapter_config.json; tensors: PEFT name -> float32."""
+
+    config: Mapping[str, Any]
+    tensors: Tensors
+
+
+def pack_adapter(adapter: Adapter) -> bytes:
+    """Same adapter, same bytes, on every machine."""
+    return (
+        _member(CONFIG_NAME, config_bytes(adapter.config))
+        + _member(TENSORS_NAME, tensor_bytes(adapter.tensors))
+        + bytes(1024)
+    )
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    return json.dumps(config, sort_keys=True, indent=2).encode() + b"\n"
+
+
+def tensor_bytes(tensors: Tensors) -> bytes:
+    contiguous = {name: np.ascontiguousarray(tensors[name], dtype=np.float32) for name in sorted(tensors)}
+    return bytes(save_tensors(contiguous, metadata={"format": "pt"}))
+
+
+def unpack_adapter(blob: bytes) -> Adapter:
+    """Read what another party sent: sizes bounded, names allow-listed, values finite. Raises MalformedAdapter."""
+    if len(blob) > MAX_ADAPTER_BYTES:
+        raise AdapterTooLarge(f"the adapter has {len(blob)} bytes, at most {MAX_ADAPTER_BYTES} are allowed")
+    members = _members(blob)
+    if set(members) != {CONFIG_NAME, TENSORS_NAME}:
+        raise MalformedAdapter(f"the tar holds {sorted(members)}, expected {CONFIG_NAME} and {TENSORS_NAME}")
+    return Adapter(read_config(members[CONFIG_NAME]), read_tensors(members[TENSORS_NAME]))
+
+
+def read_config(data: bytes) -> dict[str, Any]:
+    if len(data) > MAX_CONFIG_BYTES:
+        raise AdapterTooLarge(f"{CONFIG_NAME} has {len(data)} bytes, at most {MAX_CONFIG_BYTES} are allowed")
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise MalformedAdapter(f"{CONFIG_NAME} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise MalformedAdapter(f"{CONFIG_NAME} holds a JSON {type(config).__name__}, an object expected")
+    return config
+
+
+def read_tensors(data: bytes) -> Tensors:
+    """float32 tensors of a safetensors file, all finite."""
+    try:
+        tensors = load_tensors(data)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise MalformedAdapter(f"not a safetensors file of float32 tensors: {error}") from error
+    if len(tensors) > MAX_TENSORS:
+        raise AdapterTooLarge(f"{len(tensors)} tensors, at most {MAX_TENSORS} are allowed")
+    for name, tensor in tensors.items():
+        if tensor.dtype != np.float32:
+            raise MalformedAdapter(f"tensor {name[:200]!r} is {tensor.dtype}, float32 expected")
+        if not np.isfinite(tensor).all():
+            raise AdapterNotFinite(
+                f"tensor {name[:200]!r} has {np.count_nonzero(~np.isfinite(tensor))} values that are not finite; "
+                "train again from the last good state"
+            )
+    return tensors
+
+
+def check_fits(adapter: Adapter, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises AdaptersDiffer unless settings that matter, tensor names and shapes are those expected."""
+    for key in MEANING:
+        if _plain(adapter.config.get(key)) != _plain(config.get(key)):
+            raise AdaptersDiffer(
+                f"{key} is {adapter.config.get(key)!r}, expected {config.get(key)!r}; both must use one LoRA setting"
+            )
+    check_shapes(adapter.tensors, shapes)
+
+
+def check_shapes(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if tensors.keys() != shapes.keys():
+        odd = sorted(tensors.keys() ^ shapes.keys())
+        raise AdaptersDiffer(
+            f"{len(tensors)} tensors, expected {len(shapes)}; {len(odd)} names differ, the first is {odd[0][:200]!r}"
+        )
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise AdaptersDiffer(f"tensor {name!r} has shape {tensors[name].shape}, expected {shape}")
+
+
+def average_adapters(parts: Sequence[tuple[bytes, float]]) -> bytes:
+    """FedAvg (McMahan et al. 2017) of LoRA adapters: the mean of every tensor, weighted, accumulated in float64.
+
+    parts: (adapter tar, weight > 0), e.g. the site's number of private samples. A and B are averaged apart, as the
+    paper's homogeneous scenario does, which is not the mean of the products B A. The first part gives the
+    configuration. Raises MalformedAdapter, AdaptersDiffer, ValueError for no part or a weight that is not positive.
+    """
+    if not parts or not all(math.isfinite(weight) and weight > 0 for _, weight in parts):
+        raise ValueError(f"an average needs at least one part and positive weights, got {[w for _, w in parts]}")
+    total = math.fsum(weight for _, weight in parts)
+    first = unpack_adapter(parts[0][0])
+    shapes = {name: tensor.shape for name, tensor in first.tensors.items()}
+    sums = {name: np.zeros(shape, dtype=np.float64) for name, shape in shapes.items()}
+    for blob, weight in parts:
+        adapter = unpack_adapter(blob)
+        check_fits(adapter, first.config, shapes)
+        for name, tensor in adapter.tensors.items():
+            sums[name] += tensor.astype(np.float64) * (weight / total)
+    return pack_adapter(Adapter(first.config, {name: value.astype(np.float32) for name, value in sums.items()}))
+
+
+def _plain(value: object) -> object:
+    """Order is no difference between lists of modules."""
+    return sorted(map(str, value)) if isinstance(value, list) else value
+
+
+def _member(name: str, data: bytes) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(data), 0o644
+    header = info.tobuf(tarfile.USTAR_FORMAT)
+    return header + data + bytes(-len(data) % 512)
+
+
+def _members(blob: bytes) -> dict[str, bytes]:
+    """Members of a USTAR archive until its end mark. At most two, so nothing is left to bound."""
+    found: dict[str, bytes] = {}
+    position = 0
+    while blob[position : position + 512].strip(b"\0"):
+        try:
+            info = tarfile.TarInfo.frombuf(blob[position : position + 512], "utf-8", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+            raise MalformedAdapter(f"the tar header at byte {position} is broken: {error}") from error
+        start = position + 512
+        if info.type != tarfile.REGTYPE or info.name not in (CONFIG_NAME, TENSORS_NAME) or info.name in found:
+            raise MalformedAdapter(
+                f"the tar holds {info.name[:100]!r} of type {info.type!r}, expected {CONFIG_NAME} and {TENSORS_NAME} "
+                "once each, as plain files"
+            )
+        if not 0 <= info.size <= len(blob) - start:
+            raise MalformedAdapter(f"{info.name} claims {info.size} bytes, {len(blob) - start} are left")
+        found[info.name] = blob[start : start + info.size]
+        position = start + info.size + -info.size % 512
+    return found

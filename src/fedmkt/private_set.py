@@ -1,0 +1,84 @@
+"""The site's own text: read once, cut into a part for training and a held-out part for the gate.
+
+Nothing in this module is ever sent, and its refusals name lines, never what stands in them.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmkt.errors import Refusal
+from fedmkt.public_set import PublicSample, PublicSet, PublicSetRefusal
+
+MIN_HOLDOUT = 8  # fewer say nothing about a regression
+HASH_SPACE = 1 << 64
+
+
+class PrivateSetRefused(Refusal):
+    code = "private_set.malformed"
+    title = "The private file cannot be used"
+
+
+class PrivateSetTooSmall(Refusal):
+    code = "private_set.too_small"
+    title = "The private file has too few samples"
+
+
+@dataclass(frozen=True)
+class PrivateSet:
+    """Samples in file order; `train` and `holdout` share no text."""
+
+    train: tuple[PublicSample, ...]
+    holdout: tuple[PublicSample, ...]
+
+    def __repr__(self) -> str:
+        return f"PrivateSet(train={len(self.train)}, holdout={len(self.holdout)})"
+
+
+def read_private_set(path: Path, holdout_share: float, chat_template: str) -> PrivateSet:
+    """Read JSONL lines of {text}, {prompt, completion} or {messages}. Raises PrivateSetRefused naming the line."""
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise PrivateSetRefused(f"the private file cannot be read: {error.strerror}") from error
+    try:
+        samples = PublicSet.from_jsonl(_anonymous(source), chat_template).samples
+    except PublicSetRefusal as error:
+        raise PrivateSetRefused(f"private file: {error.detail}") from None
+    return split_private(samples, holdout_share)
+
+
+def split_private(samples: tuple[PublicSample, ...], holdout_share: float) -> PrivateSet:
+    """The samples whose text hashes lowest are held out: `holdout_share` of them, at least MIN_HOLDOUT.
+
+    The choice depends on the text alone, so it stays when the file is sorted or grows, and a text that occurs twice
+    is on one side.
+    """
+    places = [int.from_bytes(hashlib.sha256(sample.text.encode()).digest()[:8], "big") for sample in samples]
+    distinct = sorted(set(places))
+    if len(distinct) < 2 * MIN_HOLDOUT:
+        raise PrivateSetTooSmall(
+            f"{len(distinct)} different private samples, at least {2 * MIN_HOLDOUT} needed: "
+            f"{MIN_HOLDOUT} are held out to see whether a round made the model worse"
+        )
+    share = sum(place < holdout_share * HASH_SPACE for place in distinct)
+    bound = distinct[min(max(share, MIN_HOLDOUT), len(distinct) - MIN_HOLDOUT)]
+    train = tuple(sample for sample, place in zip(samples, places, strict=True) if place >= bound)
+    holdout = tuple(sample for sample, place in zip(samples, places, strict=True) if place < bound)
+    return PrivateSet(train, holdout)
+
+
+def _anonymous(source: bytes) -> bytes:
+    """The same lines without their ids (which may be a patient's or a customer's, or repeat) and domains."""
+    return b"\n".join(map(_anonymous_line, source.removeprefix(b"\xef\xbb\xbf").split(b"\n")))
+
+
+def _anonymous_line(line: bytes) -> bytes:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # blank, or to be refused by the parser with its number
+        return line
+    if not isinstance(row, dict):
+        return line
+    return json.dumps({key: value for key, value in row.items() if key not in ("id", "domain")}).encode()

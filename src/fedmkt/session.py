@@ -1,0 +1,322 @@
+"""HTTP as this project needs it: credentials, retries with a deadline, problems as exceptions, bytes counted.
+
+`Session` knows nothing of federations; `fedmkt.client` puts the typed calls on top. Every call of the API is idempotent
+(by its nature or by an Idempotency-Key), so a request whose answer was lost is simply sent again.
+"""
+
+import platform
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from itertools import count
+from typing import Literal, TypeVar
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import BaseModel, ValidationError
+
+from fedmkt import __version__
+from fedmkt.errors import Refusal
+from fedmkt.protocol import PROTOCOL_VERSION, AccessToken, Problem, TokenRequest
+from fedmkt.signing import site_assertion
+
+USER_AGENT = f"fedmkt/{__version__} protocol/{PROTOCOL_VERSION} python/{platform.python_version()}"
+RETRIED = frozenset({429, 502, 503, 504})
+RENEW_BEFORE_S = 30.0  # a token is renewed this long before it ends, or at half its life if that is shorter
+MAX_DETAIL = 500
+
+Method = Literal["GET", "POST", "PUT", "DELETE"]
+Answer = TypeVar("Answer")
+View = TypeVar("View", bound=BaseModel)
+
+
+class CoordinatorProblem(Refusal):
+    """The coordinator refused: `status`, `code` and `title` are those of its problem document."""
+
+    def __init__(self, problem: Problem, retry_after_s: float | None = None) -> None:
+        super().__init__(problem.detail)
+        self.problem = problem
+        self.retry_after_s = retry_after_s
+        # Refusal declares these per class; a problem that came over the wire carries its own.
+        vars(self).update(status=problem.status, code=problem.code, title=problem.title)
+
+
+class CoordinatorUnreachable(Refusal):
+    status = 503
+    code = "coordinator.unreachable"
+    title = "The coordinator does not answer"
+
+
+class UnexpectedAnswer(Refusal):
+    status = 502
+    code = "coordinator.unexpected_answer"
+    title = "The coordinator's answer is not understood"
+
+
+@dataclass(frozen=True, slots=True)
+class StaticToken:
+    """An operator's, viewer's or worker's bearer token."""
+
+    token: str
+
+    def __repr__(self) -> str:
+        return "StaticToken(...)"
+
+
+@dataclass(frozen=True, slots=True)
+class SiteKey:
+    """A site's own key: signs assertions that buy short-lived access tokens."""
+
+    site_id: str
+    key: Ed25519PrivateKey
+
+
+Credentials = StaticToken | SiteKey | None
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Exponential backoff with full jitter; `patience_s` bounds the time from the first attempt to the last."""
+
+    first_wait_s: float = 0.25
+    max_wait_s: float = 20.0
+    patience_s: float = 120.0
+
+    def pause_s(self, attempt: int, asked_s: float | None) -> float:
+        """How long to wait after failed attempt number `attempt` (0 first); never shorter than the server asked."""
+        longest = min(self.max_wait_s, self.first_wait_s * 2.0 ** min(attempt, 30))
+        return max(asked_s or 0.0, random.uniform(longest / 2, longest))  # noqa: S311 - jitter, not a secret
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Body bytes sent and received so far, as they went over the wire (before decompression), retries included."""
+
+    up: int = 0
+    down: int = 0
+
+
+class Session:
+    """One coordinator, one set of credentials; safe to use from several threads."""
+
+    def __init__(
+        self,
+        base_url: str,
+        credentials: Credentials = None,
+        *,
+        retry: RetryPolicy | None = None,
+        timeout_s: float = 60.0,
+        transport: httpx.BaseTransport | None = None,
+        wait: Callable[[float], object] = time.sleep,
+    ) -> None:
+        """`wait` is called with seconds between attempts; a caller that must stop early raises from it.
+
+        Proxy and CA variables (HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, SSL_CERT_DIR) count unless `transport` is given.
+        Redirects are never followed: a credential goes to the configured coordinator and nowhere else.
+        """
+        self.base_url = base_url.rstrip("/")
+        self.timeout_s = timeout_s
+        self._retry = retry or RetryPolicy()
+        self._wait = wait
+        self._credentials = credentials
+        self._http = httpx.Client(
+            base_url=self.base_url,
+            transport=transport,
+            headers={"User-Agent": USER_AGENT},
+            timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s)),
+            follow_redirects=False,
+        )
+        self._lock = threading.Lock()
+        self._traffic_lock = threading.Lock()
+        self._token = ""
+        self._token_ends = 0.0
+        self._traffic = Traffic()
+
+    def close(self) -> None:
+        self._http.close()
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._traffic
+
+    # ------------------------------------------------------------------------------------------ one request
+
+    def request(
+        self,
+        method: Method,
+        path: str,
+        *,
+        body: BaseModel | bytes | None = None,
+        params: Mapping[str, str | int | float] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+        public: bool = False,
+    ) -> httpx.Response:
+        """Send until an answer below 400 comes; `public` calls carry no credential.
+
+        Raises CoordinatorProblem for a refusal, CoordinatorUnreachable when patience ends without any answer.
+        """
+
+        def attempt() -> httpx.Response:
+            with self.stream(
+                method, path, body=body, params=params, headers=headers, timeout_s=timeout_s, public=public
+            ) as response:
+                response.read()
+            return response
+
+        return self.persist(f"{method} {path}", attempt)
+
+    def read(self, model: type[View], response: httpx.Response) -> View:
+        """The answer as a wire model. Raises UnexpectedAnswer when it is none."""
+        try:
+            return model.model_validate_json(response.content)
+        except ValidationError as error:
+            raise UnexpectedAnswer(
+                f"{response.request.method} {response.request.url.path} did not answer with a {model.__name__} "
+                f"({error.error_count()} fields differ); is {self.base_url} a FedMKT coordinator of protocol "
+                f"{PROTOCOL_VERSION}?"
+            ) from error
+
+    @contextmanager
+    def stream(
+        self,
+        method: Method,
+        path: str,
+        *,
+        body: BaseModel | bytes | None = None,
+        params: Mapping[str, str | int | float] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+        public: bool = False,
+    ) -> Iterator[httpx.Response]:
+        """One attempt whose answer is not read yet; a refused token is renewed once. Errors are not retried here."""
+        content = body.model_dump_json().encode() if isinstance(body, BaseModel) else body
+        timeout = httpx.Timeout(timeout_s or self.timeout_s, connect=min(10.0, self.timeout_s))
+        for may_renew in (True, False):
+            token = "" if public else self._bearer()
+            request = self._http.build_request(
+                method, path, content=content, params=params, headers=_headers(body, token, headers), timeout=timeout
+            )
+            response = self._http.send(request, stream=True)
+            self._count(up=len(content or b""))
+            if response.status_code == 401 and may_renew and not public and isinstance(self._credentials, SiteKey):
+                response.close()
+                self._forget(token)
+                continue
+            break
+        try:
+            if response.status_code >= 300:
+                response.read()
+                raise _problem(response)
+            yield response
+        finally:
+            response.close()
+            self._count(down=response.num_bytes_downloaded)
+
+    # ------------------------------------------------------------------------------------------ persistence
+
+    def persist(self, what: str, attempt: Callable[[], Answer]) -> Answer:
+        """Call `attempt` until it returns, a refusal comes that time does not heal, or patience ends."""
+        started = time.monotonic()
+        for number in count():
+            try:
+                return attempt()
+            except httpx.TransportError as error:
+                failure: Refusal = self._unreachable(what, number + 1, error)
+                pause_s = self._retry.pause_s(number, None)
+            except CoordinatorProblem as problem:
+                if problem.problem.status not in RETRIED:
+                    raise
+                failure = problem
+                pause_s = self._retry.pause_s(number, problem.retry_after_s)
+            if time.monotonic() - started + pause_s > self._retry.patience_s:
+                raise failure
+            self._wait(pause_s)
+        raise AssertionError("count() never ends")
+
+    def _unreachable(self, what: str, attempts: int, error: httpx.TransportError) -> CoordinatorUnreachable:
+        reason = str(error) or type(error).__name__
+        failure = CoordinatorUnreachable(
+            f"{what} at {self.base_url} failed {attempts} times within {self._retry.patience_s:g} s, last with: "
+            f"{reason}; check the address, the proxy variables and the certificate"
+        )
+        failure.__cause__ = error
+        return failure
+
+    # ------------------------------------------------------------------------------------------ credentials
+
+    def _bearer(self) -> str:
+        """The token to send; for a site key, a fresh one when the present one is about to end."""
+        match self._credentials:
+            case None:
+                return ""
+            case StaticToken(token):
+                return token
+            case SiteKey() as site:
+                with self._lock:
+                    if time.monotonic() >= self._token_ends:
+                        self._renew(site)
+                    return self._token
+
+    def _renew(self, site: SiteKey) -> None:
+        assertion = TokenRequest(assertion=site_assertion(site.key, site.site_id, datetime.now(UTC)))
+        asked = time.monotonic()
+        with self.stream("POST", "/v1/token", body=assertion, public=True) as response:
+            response.read()
+        answer = self.read(AccessToken, response)
+        self._token = answer.access_token
+        self._token_ends = asked + max(answer.expires_in_s - RENEW_BEFORE_S, answer.expires_in_s / 2)
+
+    def _forget(self, token: str) -> None:
+        with self._lock:
+            if self._token == token:  # another thread may have renewed it meanwhile
+                self._token_ends = 0.0
+
+    def _count(self, up: int = 0, down: int = 0) -> None:
+        with self._traffic_lock:  # not `_lock`: `_renew` counts while it holds that one
+            self._traffic = Traffic(self._traffic.up + up, self._traffic.down + down)
+
+
+def _headers(body: BaseModel | bytes | None, token: str, headers: Mapping[str, str] | None) -> dict[str, str]:
+    sent = dict(headers or {})
+    if isinstance(body, BaseModel):
+        sent["Content-Type"] = "application/json"
+    elif body is not None:
+        sent.setdefault("Content-Type", "application/octet-stream")
+    if token:
+        sent["Authorization"] = f"Bearer {token}"
+    return sent
+
+
+def _problem(response: httpx.Response) -> CoordinatorProblem:
+    """The refusal behind an answer of 300 and above; one that is no problem document (a proxy's page) is quoted."""
+    try:
+        problem = Problem.model_validate_json(response.content)
+    except ValidationError:
+        target = response.headers.get("location")
+        quote = f"redirects to {target}: configure that address" if target else response.text[:MAX_DETAIL].strip()
+        problem = Problem(
+            type="about:blank",
+            title=response.reason_phrase,
+            status=response.status_code,
+            code=f"http.{response.status_code}",
+            detail=f"{response.request.method} {response.request.url} answered {response.status_code}: {quote}",
+        )
+    return CoordinatorProblem(problem, _retry_after_s(response))
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    value = response.headers.get("retry-after")
+    if value is None:
+        return None
+    if value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # not a date: the header says nothing
+        return None

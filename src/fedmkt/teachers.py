@@ -1,0 +1,66 @@
+"""From what another party sent to a `Teacher`: knowledge, vocabulary and map, each held against what was announced."""
+
+from fedmkt.errors import Refusal
+from fedmkt.knowledge import check, decode
+from fedmkt.lesson import Teacher
+from fedmkt.protocol import DistillationConfig, MapMethod
+from fedmkt.round_plan import RoundPlan
+from fedmkt.vocab_map import VocabMap
+from fedmkt.vocabulary import Vocabulary
+
+
+class OtherVocabulary(Refusal):
+    status = 409
+    code = "vocabulary.wrong_fingerprint"
+    title = "The vocabulary is not the one that was announced"
+
+
+class MapMissing(Refusal):
+    status = 502
+    code = "vocab_map.missing"
+    title = "A vocabulary map is missing"
+
+
+def map_method(config: DistillationConfig) -> MapMethod:
+    """Which vocabulary map a federation's way of distilling reads; prefix buckets fall back on re-tokenised tokens."""
+    return "mined" if config.profile == "paper" or config.projection == "mined" else "retokenized"
+
+
+def needed_map(config: DistillationConfig, maps: dict[MapMethod, str]) -> str:
+    """The artifact of the map that this federation needs."""
+    method = map_method(config)
+    if method not in maps:
+        raise MapMissing(f"maps {sorted(maps)} are named, {method!r} is needed: has the coordinator another version?")
+    return maps[method]
+
+
+def read_vocabulary(data: bytes, fingerprint: str) -> Vocabulary:
+    """A vocabulary artifact, which must have the announced fingerprint."""
+    vocabulary = Vocabulary.from_bytes(data)
+    if vocabulary.fingerprint != fingerprint:
+        raise OtherVocabulary(
+            f"the artifact's vocabulary has fingerprint {vocabulary.fingerprint[:12]}..., {fingerprint[:12]}... was "
+            "announced: run the same fedmkt and tokenizers versions everywhere"
+        )
+    return vocabulary
+
+
+def read_teacher(name: str, plan: RoundPlan, *, knowledge: bytes, vocabulary: Vocabulary, vocab_map: bytes) -> Teacher:
+    """A teacher for this round. Raises the Refusals of knowledge and map; nothing in either is trusted.
+
+    `vocabulary` comes from `read_vocabulary`, so that a caller may keep it. That the map fits both vocabularies is
+    checked by `prepare_lesson`.
+    """
+    sent = decode(knowledge)
+    check(
+        sent,
+        plan.public_set,
+        plan.samples,
+        federation_id=plan.federation_id,
+        round_number=plan.round_number,
+        slice_index=plan.slice_index,
+        vocabulary_fingerprint=vocabulary.fingerprint,
+        vocabulary_size=vocabulary.size,
+        settings=plan.config.knowledge,
+    )
+    return Teacher(name, sent, vocabulary, VocabMap.from_bytes(vocab_map))

