@@ -67,6 +67,13 @@ test: $(STAMP)  ## run every test: units and services side by side, then whole r
 	tail -qn 1 runs/test/1-units-and-services.log runs/test/2-rounds.log; \
 	exit $$status
 
+.PHONY: bench
+bench: export OMP_NUM_THREADS := $(shell nproc)
+bench: $(STAMP)  ## measure the core beside plain contenders; results in benchmarks/results.json and docs/benchmarks.md
+	@rm -f benchmarks/results.json
+	@$(PYTEST) -c benchmarks/pytest.ini benchmarks
+	@$(VENV)/bin/python -m benchmarks.coverage
+
 .PHONY: unit
 unit: $(STAMP)  ## run the unit tests alone: no PostgreSQL, no Redis, no processes
 	@$(PYTEST) -m 'not services and not e2e' -n $(PYTEST_WORKERS) --ignore $(COMPOSE_TESTS)

@@ -1,4 +1,4 @@
-"""A real coordinator on loopback inside the test's process: SQLite, the embedded Redis, real HTTP; stops and restarts."""
+"""A real coordinator on loopback inside the test's process: SQLite, embedded Redis, real HTTP; stops and restarts."""
 
 import json
 import socket
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from fastapi import FastAPI
 
 from fedmkt.client import CoordinatorClient, RetryPolicy, StaticToken
 from fedmkt.local_server import serve_in_thread
@@ -49,9 +51,11 @@ class LiveCoordinator:
             }
         )
         self._running = ExitStack()
+        self.middleware: Callable[[FastAPI], None] = lambda app: None
 
     def start(self) -> None:
         app = create_app(self._settings)
+        self.middleware(app)
         self._running.enter_context(serve_in_thread(app, port=self.port))
         self.app = app
 
@@ -99,7 +103,7 @@ class Background:
     def _run(self) -> None:
         try:
             self._serve(self._settings, self.stop)
-        except BaseException as error:  # handed to the test's thread
+        except BaseException as error:  # noqa: BLE001 - handed to the test's thread
             self._error = error
 
     @property

@@ -7,6 +7,7 @@ import functools
 import json
 import pydoc_data.topics
 from collections.abc import Callable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -114,6 +115,12 @@ _MAKERS: dict[str, Callable[[], Tokenizer]] = {
 }
 NAMES = tuple(_MAKERS)
 BYTE_EXACT = ("byte_level", "byte_level_small", "sentencepiece")
+
+
+@functools.cache
+def real(folder: Path) -> Vocabulary:
+    """A real tokenizer of the data folder, loaded once: the large ones take seconds."""
+    return Vocabulary.from_tokenizer(folder)
 
 
 @functools.cache

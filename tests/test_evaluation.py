@@ -15,8 +15,8 @@ from fedmkt.public_set import PublicSample
 from tiny_models import ARCHITECTURES, save_tiny, story
 
 STORIES = (
-    "Once upon a time, there was a little girl named Lily. She loved to play in the park with her mom. One day, she saw "
-    "a big red ball. The ball was very pretty and Lily wanted to play with it. She asked her mom if she could.",
+    "Once upon a time, there was a little girl named Lily. She loved to play in the park with her mom. One day, she "
+    "saw a big red ball. The ball was very pretty and Lily wanted to play with it. She asked her mom if she could.",
     "Tom was a happy boy. He had a small dog named Max. Every day they went outside to play and run. One day, Max saw "
     "a bone under the tree. Tom was very surprised and gave Max a big hug. They were best friends.",
     "There was a cat who liked to sleep in the sun. The cat was very lazy. One morning a bird came and sang a song. "

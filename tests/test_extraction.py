@@ -245,9 +245,11 @@ def test_a_sample_longer_than_the_model_is_refused_with_its_id_and_the_remedy(pa
 
 def test_wide_knowledge_holds_nearly_everything(parties: dict[str, Party]) -> None:
     knowledge = extracted(parties["qwen2"], top_k=WIDE_TOP_K, top_p=WIDE_TOP_P)
-    assert np.diff(knowledge.entry_splits).max() == 256
+    counts = np.diff(knowledge.entry_splits)
     mass = np.add.reduceat(np.exp(knowledge.logprobs), knowledge.entry_splits[:-1])
-    assert mass.min() > 0.9
+    assert counts.max() <= WIDE_TOP_K
+    assert np.all((mass >= WIDE_TOP_P - 1e-6) | (counts == WIDE_TOP_K))
+    assert mass.min() > 0.8
 
 
 def test_a_half_precision_model_is_normalised_in_float32(tmp_path: Path) -> None:

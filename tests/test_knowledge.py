@@ -4,10 +4,12 @@
 """
 
 import dataclasses
+import gzip
 import json
 import time
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from fedmkt.knowledge import Knowledge, Limits, decode, encode, encode_frames, q
 from fedmkt.knowledge_data import BLOCK_ENTRIES, row_blocks
 from fedmkt.protocol import KnowledgeConfig
 from fedmkt.public_set import PublicSet
+from fedmkt.selection import recompute_cross_entropy
+from fedmkt.tokenized_set import tokenize_set
 from random_knowledge import random_header, random_knowledge
 
 DISTORTION_NATS = 1e-3
@@ -198,6 +202,37 @@ def test_ids_drawn_uniformly_cost_at_most_a_fiftieth_more_than_their_sets_entrop
 def test_the_default_loses_less_than_a_thousandth_nat(shape: dict[str, Any]) -> None:
     sent = random_knowledge(3, samples=60, **shape)
     assert kl_nats(sent, decode(encode(sent))).mean() <= DISTORTION_NATS
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("model", ["stories260K", "babyllama-361"])
+def test_a_real_models_knowledge_costs_at_most_64_bytes_a_row_at_the_default(model: str, data_dir: Path) -> None:
+    """Dialogues, 256 bytes of each: text that these small story models find hard, so rows are long."""
+    from fedmkt.ml.extraction import extract
+    from fedmkt.ml.models import load_base
+    from fedmkt.ml.party import Party
+
+    with gzip.open(data_dir / "datasets/dialogsum/dialogsum.test.jsonl.gz", "rt") as lines:
+        texts = [json.loads(line)["dialogue"][:256] for line, _ in zip(lines, range(40), strict=False)]
+    public = PublicSet.from_jsonl("\n".join(json.dumps({"text": text}) for text in texts).encode())
+    party = Party(load_base(data_dir / "models" / model, device="cpu"), None, seed=0)
+    default = KnowledgeConfig(max_tokens=256)
+    sent = extract(
+        party,
+        public,
+        range(len(public)),
+        federation_id="fed_0123456789abcdef",
+        round_number=0,
+        slice_index=0,
+        adapter_version=0,
+        **default.model_dump(),
+    )
+    blob = encode(sent)
+    assert sent.rows > 3000
+    assert len(blob) / sent.rows <= 64
+    assert kl_nats(sent, decode(blob)).mean() <= DISTORTION_NATS
+    text = tokenize_set(party.vocabulary, public, range(len(public)), default.max_tokens)
+    assert recompute_cross_entropy(decode(blob), text).refused == {}
 
 
 def test_encoding_and_decoding_keep_up_with_the_models() -> None:

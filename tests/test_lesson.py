@@ -16,14 +16,14 @@ import small_tokenizers as small
 from fedmkt.alignment import project
 from fedmkt.errors import Refusal
 from fedmkt.knowledge import EmptyKnowledge, Knowledge, KnowledgeHeader, decode, encode
-from fedmkt.lesson import Lesson, OwnKnowledgeDiffers, Teacher, TeacherSource, map_method, prepare_lesson
+from fedmkt.lesson import Lesson, OwnKnowledgeDiffers, Teacher, TeacherSource, prepare_lesson
 from fedmkt.protocol import DistillationConfig
 from fedmkt.public_set import PublicSet
 from fedmkt.tokenized_set import tokenize_set
 from fedmkt.vocab_map import build_vocab_map, prefix_relation
 from fedmkt.vocabulary import Vocabulary
 
-MAX_TOKENS = 48
+MAX_TOKENS = 128
 SAMPLES = (1, 2, 4, 5, 7, 8)
 DEFAULT = DistillationConfig()
 PAPER = DistillationConfig(profile="paper", rule="dual_min_ce", projection="mined")
@@ -88,6 +88,10 @@ def teacher(name: str, knowledge: Knowledge, vocabulary: Vocabulary = TEACHER, *
     sent = decode(encode(knowledge))
     vocab_map = build_vocab_map(vocabulary, STUDENT, "retokenized")
     return dataclasses.replace(Teacher(name, sent, vocabulary, vocab_map), **fields)
+
+
+def mined(name: str, knowledge: Knowledge) -> Teacher:
+    return teacher(name, knowledge, vocab_map=build_vocab_map(TEACHER, STUDENT, "mined"))
 
 
 def lesson(
@@ -174,6 +178,17 @@ def test_under_the_papers_rule_a_sample_that_nobody_knows_better_has_no_soft_tar
     assert rows_of(found, 3) == [{}] * len(rows_of(found, 3))
 
 
+@pytest.mark.parametrize(("better_by", "teaches"), [(0.03, False), (0.07, True)])
+def test_a_teacher_has_to_be_better_by_the_configured_margin(better_by: float, teaches: bool) -> None:
+    """0.05 nats per byte. Under the paper's rule any advantage per token is enough."""
+    theirs, mine = (tokenize_set(vocabulary, PUBLIC, SAMPLES, MAX_TOKENS) for vocabulary in (TEACHER, STUDENT))
+    nats_per_byte = np.diff(theirs.row_splits) * -np.log(0.4) / theirs.response_bytes + better_by
+    own = knows(STUDENT, np.exp(-nats_per_byte * mine.response_bytes / np.diff(mine.row_splits)).tolist())
+    knowledge = knows(TEACHER, [0.4] * 6)
+    assert set(lesson([teacher("x", knowledge)], own).taught_by) == {"x" if teaches else "self"}
+    assert set(lesson([mined("x", knowledge)], own, PAPER).taught_by) == {"x"}
+
+
 def test_without_teachers_the_receiver_learns_from_itself() -> None:
     found = lesson([])
     assert set(found.taught_by) == {"self"}
@@ -224,13 +239,11 @@ def test_stating_a_little_more_than_what_is_kept_gains_nothing() -> None:
     """0.05 nats a row are within the tolerance, and would beat a receiver that is 0.02 nats a row better."""
     honest = knows(TEACHER, [0.05] * 6)
     liar = dataclasses.replace(honest, gold_logprobs=honest.gold_logprobs + np.float32(0.05))
-    rows, own_rows = (
-        np.diff(tokenize_set(v, PUBLIC, SAMPLES, MAX_TOKENS).row_splits).astype(float) for v in (TEACHER, STUDENT)
-    )
-    own = knows(STUDENT, np.exp(rows * (np.log(0.05) + 0.02) / own_rows).tolist())
-    found = lesson(
-        [dataclasses.replace(teacher("liar", liar), knowledge=liar)], own, DistillationConfig(margin_nats_per_byte=0)
-    )
+    theirs, mine = (tokenize_set(vocabulary, PUBLIC, SAMPLES, MAX_TOKENS) for vocabulary in (TEACHER, STUDENT))
+    nats_per_byte = np.diff(theirs.row_splits) * (np.log(0.05) + 0.02) / theirs.response_bytes
+    own = knows(STUDENT, np.exp(nats_per_byte * mine.response_bytes / np.diff(mine.row_splits)).tolist())
+    unrounded = dataclasses.replace(teacher("liar", liar), knowledge=liar)
+    found = lesson([unrounded], own, DistillationConfig(margin_nats_per_byte=0))
     assert found.report.offered == {"liar": 6}
     assert found.report.better == {"liar": 0}
 
@@ -282,7 +295,7 @@ def _with_header(**fields: Any) -> Teacher:
         (lambda: _with_header(federation_id="fed_other"), "federation_id"),
         (lambda: _with_header(public_set_digest="0" * 64), "public_set_digest"),
         (lambda: _with_header(vocabulary_fingerprint="0" * 64), "vocabulary_fingerprint"),
-        (lambda: _with_header(max_tokens=99), "max_tokens is 99, expected 48"),
+        (lambda: _with_header(max_tokens=99), "max_tokens is 99, expected 128"),
         (lambda: teacher("odd", GOOD, STUDENT), "vocabulary_fingerprint"),
         (lambda: teacher("odd", GOOD, vocab_map=build_vocab_map(STUDENT, TEACHER)), "the map leads from"),
         (lambda: teacher("odd", GOOD, vocab_map=build_vocab_map(TEACHER, STUDENT, "mined")), "needs 'retokenized'"),
@@ -357,10 +370,6 @@ def test_teachers_need_names_of_their_own(names: tuple[str, ...]) -> None:
 # ------------------------------------------------------------------------------------------------ the paper's profile
 
 
-def mined(name: str, knowledge: Knowledge) -> Teacher:
-    return teacher(name, knowledge, vocab_map=build_vocab_map(TEACHER, STUDENT, "mined"))
-
-
 def test_the_papers_profile_compares_nats_per_token_which_flatters_short_tokens() -> None:
     """The teacher's tokens are shorter: at 0.35 against 0.3 it is better per token and worse per byte."""
     teacher_rows = tokenize_set(TEACHER, PUBLIC, SAMPLES, MAX_TOKENS)
@@ -391,7 +400,7 @@ def test_the_papers_profile_supervises_every_row_of_a_taught_sample_and_keeps_no
     ],
 )
 def test_the_configuration_says_which_map_is_needed(config: DistillationConfig, method: str) -> None:
-    assert map_method(config) == method
+    assert config.map_method == method
 
 
 @pytest.mark.parametrize("projection", ["retokenized", "mined"])

@@ -229,6 +229,25 @@ def test_blocks_do_not_change_the_result_on_a_vocabulary_larger_than_one_block()
     assert grad.sum(dim=-1).abs().max().item() < 1e-4  # a gradient by logits sums to zero in every row
 
 
+def test_the_chunked_form_multiplies_in_the_dtype_of_autocast_and_sums_in_float32() -> None:
+    ids, probs, residual = ragged_targets(rows=6, vocabulary=50, width=5, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 16, generator=generator, requires_grad=True)
+    gold = torch.arange(6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        chunked = chunked_losses(hidden, weight, None, gold, ids, probs, residual, chunk_rows=4)
+        full = gold_and_sparse_losses(F.linear(hidden, weight), gold, ids, probs, residual)
+    assert chunked[0].dtype == torch.float32
+    for ours, theirs in zip(chunked, full, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    grads = torch.autograd.grad(chunked[0].sum() + chunked[1].sum(), [hidden, weight])
+    expected = torch.autograd.grad(full[0].sum() + full[1].sum(), [hidden, weight])
+    for grad, other in zip(grads, expected, strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, other, rtol=3e-2, atol=3e-2)
+
+
 def test_shapes_and_temperature_are_checked() -> None:
     logits, ids = torch.randn(2, 5), torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"ids \(2, 3\), probs \(2, 2\)"):

@@ -435,7 +435,7 @@ REAL = {
 @pytest.mark.data
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_tokenizer_reproduces_any_text_byte_for_byte(name: str, data_dir: Path) -> None:
-    found = Vocabulary.from_tokenizer(data_dir / "tokenizers" / name)
+    found = small.real(data_dir / "tokenizers" / name)
     assert found.size == REAL[name]
     assert found.bos_id is not None
     assert found.eos_id is not None

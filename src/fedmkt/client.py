@@ -190,6 +190,10 @@ class CoordinatorClient:
         path = f"/v1/federations/{federation_id}/enrolment-tokens"
         return self._read(EnrolmentToken, self._send("POST", path, body=EnrolmentTokenRequest(site=site)))
 
+    def revoke_site(self, federation_id: str, site: str) -> None:
+        """From now on none of the site's credentials works."""
+        self._send("POST", f"/v1/federations/{federation_id}/sites/{site}/revoke")
+
     def register_llm(self, federation_id: str, registration: LlmRegistration) -> FederationView:
         answer = self._send("PUT", f"/v1/federations/{federation_id}/llm", body=registration)
         return self._read(FederationView, answer)

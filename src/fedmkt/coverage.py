@@ -10,16 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedmkt.edit_distance import token_text
 from fedmkt.protocol import Count
 from fedmkt.vocabulary import Vocabulary
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-CLASSES = ("digits", "punctuation", "non_latin", "words", "special", "other")
+CLASSES = ("digits", "punctuation", "non_latin", "words", "bytes", "special", "other")
 
-_DIGITS = re.compile(r"\s?\d+")
-_PUNCTUATION = re.compile(r"\s?(?:[^\w\s]|_)+")
-_WORD = re.compile(r"\s[^\W\d_]+")
+_PUNCTUATION = re.compile(r"(?:[^\w\s]|_)+")
 _LATIN_ENDS = 0x24F  # Basic Latin to Latin Extended-B
 _LATIN_ADDITIONAL = range(0x1E00, 0x1F00)
 
@@ -57,19 +54,24 @@ class CoverageAudit:
     unmapped_mass: Share | None = None
 
 
-def token_class(text: str) -> str:
-    """The class of an ordinary token's text, with or without one space before it.
+def token_class(token: bytes) -> str:
+    """The class of an ordinary token, whether or not a space begins it.
 
-    digits: decimal digits of any script; words: a space and letters; non_latin: anything else or any word with a letter
-    outside the Latin script; punctuation: no letters, digits or spaces.
+    digits: decimal digits of any script; punctuation: neither letters, digits nor spaces; non_latin: a letter outside
+    the Latin script is in it; words: a space, then Latin letters; bytes: part of a character; other: the rest.
     """
-    if _DIGITS.fullmatch(text):
+    try:
+        text = token.decode()
+    except UnicodeDecodeError:
+        return "bytes"
+    body = text[1:] if text[:1].isspace() else text
+    if body.isdecimal():
         return "digits"
-    if _PUNCTUATION.fullmatch(text):
+    if _PUNCTUATION.fullmatch(body):
         return "punctuation"
-    if not text.isascii() and any(map(_is_non_latin, text)):
+    if not body.isascii() and any(map(_is_non_latin, body)):
         return "non_latin"
-    return "words" if _WORD.fullmatch(text) else "other"
+    return "words" if body.isalpha() and len(body) < len(text) else "other"
 
 
 def _is_non_latin(character: str) -> bool:
@@ -93,7 +95,7 @@ def audit_coverage(
     for index, token in enumerate(teacher.tokens):
         if not token and index not in teacher.roles:
             continue  # a hole: no model ever emits it
-        kind = token_class(token_text(token)) if token else "special"
+        kind = token_class(token) if token else "special"
         ids[kind] += 1
         exacts[kind] += bool(exact[index])
         unmapped[kind] += not mapped[index]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -30,6 +30,7 @@ from fedmkt.protocol import PROTOCOL_VERSION, Version
 Part = Literal["all", "coordinator", "llm-server", "agent"]
 Status = Literal["PASSED", "FAILED", "SKIPPED"]
 
+STYLES: Mapping[Status, str] = {"PASSED": "green", "FAILED": "bold red", "SKIPPED": "dim"}
 LEAST_PYTHON = (3, 11)
 LEAST_DISK_BYTES = 2 * 10**9
 LEAST_MEMORY_BYTES = 2 * 10**9
@@ -81,6 +82,23 @@ def examine(wishes: Wishes) -> Iterator[Finding]:
             yield check(name, wishes)
         except (Refusal, OSError, subprocess.SubprocessError, ValueError, httpx.HTTPError) as error:
             yield Finding(name, "FAILED", f"{type(error).__name__}: {error}", "see the message")
+
+
+def show(findings: Iterable[Finding]) -> list[Finding]:
+    """Print each finding as soon as it is there, and return them all."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True)
+    shown: list[Finding] = []
+    for finding in findings:
+        line = Text(f"{finding.status:<8}", style=STYLES[finding.status])
+        line.append(f"{finding.name}: {finding.found}", style="")
+        console.print(line)
+        if finding.remedy:
+            console.print(Text(f"        fix: {finding.remedy}", style="bold"))
+        shown.append(finding)
+    return shown
 
 
 # ------------------------------------------------------------------------------------------------ this machine

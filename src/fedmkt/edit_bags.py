@@ -24,7 +24,8 @@ PAIRS_AT_ONCE = 1 << 13  # a table of all of them stays in the cache of one core
 MANY_PAIRS = 1 << 16  # worth a look at the candidates of low rank first, and
 LOW_RANKS = 32  # that is the first 1 / 32 of all ranks
 LONGEST_IN_TABLES = 40  # characters; longer strings are few and go one by one
-SPARSE_SHARE = 256  # a character in fewer than C / 256 candidates is kept as a list of them, not as a row
+SPARSE_SHARE = 4096  # a character in fewer than C / 4096 candidates is kept as a list of them, not as a row
+ROWS_BYTES = 256 << 20  # rows kept at one time; a vocabulary of 128,000 tokens needs some 40 MB
 NOBODY = np.iinfo(np.int64).max
 _RANK_BITS = 32
 
@@ -212,6 +213,7 @@ class _Holders:
         self._stops = np.cumsum(counts)
         self._starts = self._stops - counts
         self._occurrences = _places_in_runs(codes[order], self._places) + 1
+        self._rows = 0
         self._kept: dict[tuple[int, int], NDArray[np.uint8] | Longs] = {}
 
     def subtract(self, code: int, occurrence: int, bounds: Bounds, span: Longs) -> None:
@@ -232,6 +234,10 @@ class _Holders:
         places: Longs = self._places[run][self._occurrences[run] == occurrence]
         if places.size * SPARSE_SHARE <= self._size:
             return places
+        self._rows += 1
+        if self._rows * self._size > ROWS_BYTES:
+            self._kept.clear()
+            self._rows = 1
         row = np.zeros(self._size, np.uint8)
         row[places] = 1
         return row

@@ -59,7 +59,7 @@ def first_pieces(
 
 def _begun(student: Vocabulary, token: bytes, own: Piece | None, known: dict[bytes, int]) -> Piece | None:
     if own is not None and token.startswith(student.tokens[own.id]):
-        return own
+        return Piece(own.id, len(student.tokens[own.id]))
     for length in range(len(token), 0, -1):
         if token[:length] in known:
             return Piece(known[token[:length]], length)

@@ -15,7 +15,7 @@ from fedmkt.alignment import SparseTargets, gold_transfer, project
 from fedmkt.errors import Refusal
 from fedmkt.knowledge import Knowledge, check_fields
 from fedmkt.paper_alignment import project_paper
-from fedmkt.protocol import DistillationConfig, MapMethod, SelectionReport
+from fedmkt.protocol import DistillationConfig, SelectionReport
 from fedmkt.public_set import PublicSet
 from fedmkt.selection import NOBODY, SELF, CrossEntropy, Unit, recompute_cross_entropy, select
 from fedmkt.tokenized_set import TokenizedSet, take_rows, tokenize_set
@@ -80,13 +80,6 @@ class _Part:
     @property
     def supervised_rows(self) -> int:
         return int(np.count_nonzero(self.targets.supervised))
-
-
-def map_method(config: DistillationConfig) -> MapMethod:
-    """The vocabulary map that a lesson needs: prefix buckets use `retokenized` where no student token starts with u."""
-    if config.profile == "paper" or config.projection == "mined":
-        return "mined"
-    return "retokenized"
 
 
 def prepare_lesson(
@@ -258,7 +251,7 @@ class _Receiver:
 
     def _check_map(self, teacher: Teacher) -> None:
         teacher.vocab_map.check_pair(teacher.vocabulary, self.vocabulary)
-        found, needed = teacher.vocab_map.method, map_method(self.config)
+        found, needed = teacher.vocab_map.method, self.config.map_method
         if found != needed and not self._same_tokens(teacher.vocabulary):
             raise WrongMapMethod(
                 f"the map was built by {found!r}, projection {self.config.projection!r} in the profile "

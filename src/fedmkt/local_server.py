@@ -3,6 +3,7 @@
 Imports uvicorn, so only services that have it import this module.
 """
 
+import logging
 import socket
 import threading
 import time
@@ -12,11 +13,13 @@ from typing import Any
 
 import uvicorn
 
+log = logging.getLogger(__name__)
+
 START_TIMEOUT_S = 20.0
 
 
 class LocalServerFailed(RuntimeError):
-    """The server's thread ended before it listened; its own log says why."""
+    """The server ended before it listened; the log says why."""
 
 
 @contextmanager
@@ -26,8 +29,11 @@ def serve_in_thread(app: Any, host: str = "127.0.0.1", port: int = 0) -> Iterato
     Signals stay with the caller: uvicorn installs no handlers outside the main thread. OSError when the port is taken.
     """
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=3))
-    thread = threading.Thread(target=server.run, args=([listener],), name="local-server", daemon=True)
+    config = uvicorn.Config(
+        app, log_config=None, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=3
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=_run, args=(server, listener), name="local-server", daemon=True)
     thread.start()
     try:
         _await_start(server, thread)
@@ -36,6 +42,13 @@ def serve_in_thread(app: Any, host: str = "127.0.0.1", port: int = 0) -> Iterato
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+def _run(server: uvicorn.Server, listener: socket.socket) -> None:
+    try:
+        server.run([listener])
+    except (Exception, SystemExit):  # the top of a thread; uvicorn leaves by SystemExit when it cannot start
+        log.exception("local_server.failed")
 
 
 def _await_start(server: uvicorn.Server, thread: threading.Thread) -> None:

@@ -77,6 +77,20 @@ class DistillationConfig(Message):
     residual_bucket: bool = True
     epochs: int = Field(default=1, ge=1, le=100, description="passes over the round's slice, per side")
 
+    @model_validator(mode="after")
+    def _as_printed(self) -> "DistillationConfig":
+        if self.profile == "paper" and (self.rule, self.projection) != ("dual_min_ce", "mined"):
+            raise ValueError(
+                f"profile 'paper' means rule 'dual_min_ce' and projection 'mined', "
+                f"here they are '{self.rule}' and '{self.projection}': set all three, or leave the profile at 'default'"
+            )
+        return self
+
+    @property
+    def map_method(self) -> MapMethod:
+        """The vocabulary map this reads; prefix buckets fall back on re-tokenised tokens."""
+        return "mined" if self.projection == "mined" else "retokenized"
+
 
 class PrivateConfig(Message):
     """A site's training on its own text."""

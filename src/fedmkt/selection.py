@@ -58,8 +58,9 @@ def recompute_cross_entropy(knowledge: Knowledge, rows: TokenizedSet, *, unit: U
     shared, ours, theirs = np.intersect1d(rows.samples, knowledge.samples, assume_unique=True, return_indices=True)
     same = _same_contexts(knowledge, theirs, rows, ours)
     refused = dict.fromkeys(shared[~same].tolist(), OTHER_ROWS)
-    for start in range(0, int(same.sum()), CHUNK_SAMPLES):
-        chunk = np.flatnonzero(same)[start : start + CHUNK_SAMPLES]
+    comparable = np.flatnonzero(same)
+    for start in range(0, comparable.size, CHUNK_SAMPLES):
+        chunk = comparable[start : start + CHUNK_SAMPLES]
         sent, text = knowledge.take(theirs[chunk]), rows.take(ours[chunk])
         gold_logprobs, faults = _verify(sent, text.gold_ids)
         nats = -np.add.reduceat(gold_logprobs, sent.row_splits[:-1])

@@ -21,14 +21,9 @@ class MapMissing(Refusal):
     title = "A vocabulary map is missing"
 
 
-def map_method(config: DistillationConfig) -> MapMethod:
-    """Which vocabulary map a federation's way of distilling reads; prefix buckets fall back on re-tokenised tokens."""
-    return "mined" if config.profile == "paper" or config.projection == "mined" else "retokenized"
-
-
 def needed_map(config: DistillationConfig, maps: dict[MapMethod, str]) -> str:
     """The artifact of the map that this federation needs."""
-    method = map_method(config)
+    method = config.map_method
     if method not in maps:
         raise MapMissing(f"maps {sorted(maps)} are named, {method!r} is needed: has the coordinator another version?")
     return maps[method]

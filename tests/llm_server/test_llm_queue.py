@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import redis
-from redis_process import RedisServer
 
 from fedmkt.protocol import QueueView
 from fedmkt_llm_server import queue as queue_module
 from fedmkt_llm_server.queue import JobQueue
+from redis_process import RedisServer
 
 pytestmark = pytest.mark.services
 STREAM, GROUP = "fedmkt:jobs", "llm-servers"

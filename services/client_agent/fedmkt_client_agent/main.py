@@ -13,8 +13,9 @@ from fedmkt.client import CoordinatorClient, CoordinatorUnreachable, SiteKey
 from fedmkt.errors import Refusal
 from fedmkt.local_server import serve_in_thread
 from fedmkt.logs import configure_logs
-from fedmkt.ml.models import LoadedModel, configure_torch, load_base
+from fedmkt.ml.models import LoadedModel, load_base
 from fedmkt.ml.party import Party
+from fedmkt.ml.process import prepare_process
 from fedmkt.private_set import read_private_set
 from fedmkt.protocol import SiteSelf
 from fedmkt.public_set import PublicSet
@@ -60,7 +61,7 @@ def serve(settings: Settings, stop: StopFlag) -> None:
     with ExitStack() as stack:
         stack.enter_context(store.locked())
         stack.enter_context(_status_pages(settings, store, status))
-        site = _prepare(stack, settings, store, status, stop)
+        site = prepare(stack, settings, store, status, stop)
         Agent(site, settings.poll_s).run()
 
 
@@ -78,8 +79,9 @@ def _status_pages(settings: Settings, store: AgentStore, status: Status) -> Iter
     store.status_file.unlink(missing_ok=True)
 
 
-def _prepare(stack: ExitStack, settings: Settings, store: AgentStore, status: Status, stop: StopFlag) -> Site:
-    configure_torch_threads(settings.torch_threads)
+def prepare(stack: ExitStack, settings: Settings, store: AgentStore, status: Status, stop: StopFlag) -> Site:
+    """Model, enrolment, private text, public set: what the tasks need. `stack` closes what is opened."""
+    prepare_process(settings.torch_threads)
     state = store.load()
     status.progress("loading the model")
     loaded = load_base(settings.model, revision=settings.model_revision, device=settings.device, dtype=settings.dtype)
@@ -111,11 +113,6 @@ def _prepare(stack: ExitStack, settings: Settings, store: AgentStore, status: St
         stop=stop,
         checkpoint_s=settings.checkpoint_s,
     )
-
-
-def configure_torch_threads(threads: int) -> None:
-    if threads > 0:
-        configure_torch(threads)
 
 
 def _enrolled(settings: Settings, store: AgentStore, state: AgentState, status: Status, stop: StopFlag) -> AgentState:

@@ -47,12 +47,14 @@ class Site:
     def begin_round(self, round_id: str) -> None:
         """Start a new page for this round, unless it is the one at hand."""
         if self.state.work is None or self.state.work.round_id != round_id:
-            self._counted = self.client.traffic
             self.store.own_knowledge.unlink(missing_ok=True)
             self.state = self.store.commit(self.state.model_copy(update={"work": RoundWork(round_id=round_id)}))
 
     def note(self, *, seconds: dict[str, float] | None = None, **work: Any) -> None:
-        """Remember fields of the round's work, seconds by phase, and bytes since last time; `commit` writes them."""
+        """Remember fields of the round's work, seconds by phase, and bytes since last time; `commit` writes them.
+
+        What goes over the wire between two rounds counts for the second: the rounds' bytes add up to all there were.
+        """
         now, old = self.client.traffic, self.work
         phase_seconds = {**old.phase_seconds}
         for phase, spent in (seconds or {}).items():

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 
 from fastapi import FastAPI
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Loop = Callable[[], Awaitable[None]]
 RESTART_LOOP_S = 1.0
+CANCEL_AGAIN_S = 0.5
 DESCRIPTION = """
 Federated mutual knowledge transfer: one large language model and many small ones teach each other without any private
 text or weight leaving a site. Errors are RFC 9457 problems with a stable `code`.
@@ -111,11 +112,16 @@ async def _running(loops: list[Loop]) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        for task in tasks:
+        await _end(tasks)
+
+
+async def _end(tasks: Iterable["asyncio.Task[None]"]) -> None:
+    """Cancel until they are gone: a client that is just connecting may take the first time for a failed attempt."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
             task.cancel()
-        for task in tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
 
 
 async def _kept_alive(loop: Loop) -> None:

@@ -41,7 +41,7 @@ class ArtifactStore:
     @classmethod
     def open(cls, url: str | None, state_dir: Path) -> Self:
         if url is None:
-            return cls(LocalStore(state_dir / "objects", mkdir=True))
+            return cls(LocalStore(state_dir / "objects", mkdir=True, automatic_cleanup=True))
         return cls(from_url(url))
 
     async def ping(self) -> None:

@@ -36,7 +36,9 @@ class Server(uvicorn.Server):
         context = getattr(self._service.state, "context", None)
         if isinstance(context, Context):
             context.wakeups.stop()
-        super().handle_exit(sig, frame)
+        # Not the inherited handler: it raises the signal again in the end, and a service told to stop has not failed.
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 @app.callback(invoke_without_command=True)

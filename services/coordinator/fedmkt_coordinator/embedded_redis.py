@@ -55,8 +55,10 @@ class Address:
 class EmbeddedRedis:
     """Owns `folder`: its lock, its append-only file, and the server that runs in it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience_s: float = 5.0) -> None:
+        """`patience_s`: how long to wait for a coordinator that is just leaving the folder."""
         self._folder = folder
+        self._patience_s = patience_s
         self._lock: int | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._address: Address | None = None
@@ -65,6 +67,16 @@ class EmbeddedRedis:
     def url(self) -> str:
         assert self._address is not None, "started"
         return self._address.url
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "started"
+        return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether the server is gone although nobody stopped it."""
+        return self._process is not None and self._process.returncode is not None
 
     async def start(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -85,7 +97,7 @@ class EmbeddedRedis:
 
     async def revive(self) -> None:
         """Start the server again, at the same address, if it has ended by itself."""
-        if self._process is not None and self._process.returncode is not None and self._address is not None:
+        if self.ended and self._process is not None and self._address is not None:
             log.error("redis.ended", extra={"exit_status": self._process.returncode})
             await self._serve(self._address)
 
@@ -104,7 +116,7 @@ class EmbeddedRedis:
 
     async def _take_folder(self) -> None:
         handle = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        for _ in range(50):  # the one before may be shutting down
+        for _ in range(1 + int(self._patience_s / 0.1)):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

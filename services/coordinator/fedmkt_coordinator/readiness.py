@@ -28,12 +28,6 @@ class Readiness:
     waits_for: tuple[str, ...]
 
 
-def methods(config: FederationConfig) -> tuple[MapMethod, ...]:
-    """What kind of maps the federation's way of distilling reads."""
-    paper = config.distillation.profile == "paper"
-    return ("mined",) if paper or config.distillation.projection == "mined" else ("retokenized",)
-
-
 def named(sites: Iterable[str]) -> str:
     listed = list(sites)
     more = len(listed) - MAX_NAMED
@@ -60,7 +54,7 @@ async def _maps(tx: Transaction, federation: FederationRow, sites: Iterable[Site
     rows = {(row.teacher, row.student, row.method): row for row in await tx.maps(pairs)}
     unbuilt = [row.job_id for row in rows.values() if row.artifact is None]
     failures = {job.id: job.reason or "no reason given" for job in await tx.jobs(unbuilt) if job.state == "failed"}
-    wanted = methods(federation.config)
+    wanted = (federation.config.distillation.map_method,)
     return {site.name: _site_maps(site.vocabulary or "", llm, wanted, rows, failures) for site in known}
 
 
@@ -132,7 +126,7 @@ async def order_maps(tx: Transaction, federation: FederationRow, *, again: bool 
         (*pair, method)
         for vocabulary in own
         for pair in ((vocabulary, llm), (llm, vocabulary))
-        for method in methods(federation.config)
+        for method in (federation.config.distillation.map_method,)
     }
     asked = {(row.teacher, row.student, row.method): row for row in await tx.maps([key[:2] for key in wanted])}
     # In one order everywhere: federations that insert the same maps at once wait for each other, never in a circle.

@@ -32,6 +32,7 @@ class Lease:
         self._stop = stop
         self._progress = LlmProgress()
         self._abandoned: str | None = None
+        self._handing_in = False
         self._beat_now = threading.Event()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{job.job_id}", daemon=True)
@@ -59,6 +60,10 @@ class Lease:
         if new_step:
             self._beat_now.set()
 
+    def handing_in(self) -> None:
+        """The result is on its way: that the job is no longer running is now the good answer to a heartbeat."""
+        self._handing_in = True
+
     def _beat(self) -> None:
         while not self._ended.is_set() and self._abandoned is None:
             self._beat_once()
@@ -76,7 +81,8 @@ class Lease:
             # Nobody else can get the job while the coordinator is away; whether it is still ours, it will say.
             log.warning("job.heartbeat_lost", extra={**fields, "reason": error.detail})
         except CoordinatorProblem as problem:
-            log.warning("job.lease_lost", extra={**fields, "code": problem.code, "reason": problem.detail})
+            level = logging.DEBUG if self._handing_in else logging.WARNING
+            log.log(level, "job.lease_lost", extra={**fields, "code": problem.code, "reason": problem.detail})
             if 400 <= problem.problem.status < 500:
                 self._abandoned = problem.detail
         else:

@@ -17,7 +17,8 @@ from fedmkt.client import CoordinatorClient, CoordinatorUnreachable, RetryPolicy
 from fedmkt.errors import Refusal
 from fedmkt.local_server import serve_in_thread
 from fedmkt.logs import configure_logs
-from fedmkt.ml.models import LoadedModel, configure_torch, load_base
+from fedmkt.ml.models import LoadedModel, load_base
+from fedmkt.ml.process import prepare_process
 from fedmkt.protocol import DistillJob, DistillResult, JobView, MapJob, MapResult, QueueView
 from fedmkt.stopping import StopFlag, Stopped
 from fedmkt_llm_server.distil import Desk, distil
@@ -64,8 +65,7 @@ def serve(settings: Settings, stop: StopFlag) -> None:
     with ExitStack() as stack:
         stack.enter_context(_status_pages(settings, pages))
         client, heartbeats = _clients(stack, settings, stop)
-        if settings.torch_threads > 0:
-            configure_torch(settings.torch_threads)
+        prepare_process(settings.torch_threads)
         state = LlmState(settings.state_dir)
         llm = Llm(lambda: _load(settings), state, gradient_checkpointing=settings.gradient_checkpointing)
         log.info("model.loaded", extra={"model": llm.card.model_id, "device": llm.card.device})

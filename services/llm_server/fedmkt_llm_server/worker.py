@@ -103,6 +103,7 @@ class Worker:
             with Lease(self._heartbeats, job, self._stop) as lease:
                 self._on_job(lease)
                 result = self._run_job(job, lease.report)
+                lease.handing_in()
                 # Inside the lease: heartbeats go on while a coordinator that is just restarting cannot take it.
                 self._client.complete_job(job.job_id, JobCompletion(attempt=job.attempt, result=result))
         except JobAbandoned as event:

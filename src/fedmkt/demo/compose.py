@@ -14,9 +14,11 @@ from typing import Annotated
 
 import typer
 
+from fedmkt.client import CoordinatorClient, StaticToken
 from fedmkt.demo.models import default_recipes, ensure_models
 from fedmkt.demo.texts import build_corpus, private_jsonl, public_jsonl
 from fedmkt.errors import Refusal
+from fedmkt.protocol import FederationConfig, PublicSetConfig, Schedule
 
 READY = "ready"  # written last, into public/
 PROGRESS_LINES = 10  # for each model
@@ -27,6 +29,15 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 class OtherDomains(Refusal):
     code = "demo.other_domains"
     title = "The installed packages hold text of other domains"
+
+
+def demo_config(sites: tuple[str, ...], rounds: int) -> FederationConfig:
+    return FederationConfig(
+        name="demo",
+        sites=sites,
+        public_set=PublicSetConfig(slices=rounds, holdout_share=0.2),
+        schedule=Schedule(quorum=len(sites), collect_timeout_s=1800, distill_timeout_s=1800, apply_timeout_s=1800),
+    )
 
 
 def site_names(folder: Path) -> tuple[str, ...]:
@@ -58,8 +69,27 @@ def prepare(folder: Path, workers: Annotated[int, typer.Option(help="models trai
 
 
 @app.command()
-def federation(folder: Path) -> None:
-    """Create."""
+def federation(
+    folder: Path,
+    coordinator: Annotated[str, typer.Option(envvar="FEDMKT_COORDINATOR_URL", help="address of the coordinator")],
+    token_file: Annotated[Path, typer.Option(envvar="FEDMKT_OPERATOR_TOKEN_FILE", help="the operator's token")],
+    rounds: Annotated[int, typer.Option(min=1, help="rounds to have been asked for in all")] = 3,
+) -> None:
+    """Create the federation on a running coordinator, give each site its one-time token, and ask for rounds."""
+    names = site_names(folder)
+    config = demo_config(names, rounds)
+    with CoordinatorClient(coordinator, StaticToken(token_file.read_text().strip())) as operator:
+        operator.check_version()
+        found = next((each for each in operator.federations() if each.config.name == config.name), None)
+        view = found or operator.create_federation(config)
+        operator.put_public_set(view.federation_id, (folder / "public" / "public.jsonl").read_bytes())
+        for site in view.sites:
+            if site.state == "awaited":  # a token that was handed out and lost would lock the site out for ever
+                token = operator.issue_enrolment_token(view.federation_id, site.name).token
+                put_file(token.encode(), folder / "sites" / site.name / "enrolment-token", mode=0o600)
+        if view.rounds_requested < rounds:
+            operator.request_rounds(view.federation_id, rounds - view.rounds_requested)
+    print(f"federation {config.name}: {len(names)} sites, {rounds} rounds asked for")
 
 
 def lines() -> Callable[[str, int, int], None]:
@@ -85,9 +115,11 @@ def put_folder(source: Path, target: Path) -> None:
     draft.rename(target)
 
 
-def put_file(data: bytes, target: Path) -> None:
+def put_file(data: bytes, target: Path, mode: int = 0o644) -> None:
     """Write a file so that it is whole or absent."""
     draft = target.with_name(f".{target.name}.draft")
+    draft.write_bytes(b"")
+    draft.chmod(mode)
     draft.write_bytes(data)
     draft.rename(target)
 

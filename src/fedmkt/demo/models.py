@@ -9,7 +9,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -101,21 +101,27 @@ def ensure_models(
     corpus: Corpus,
     cache: Path,
     *,
+    wanted: Collection[str] | None = None,
     workers: int = 2,
     on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, Path]:
-    """Folders of all models by name, trained now where the cache lacks them; the LLM is first, being the longest."""
+    """Folders of the wanted models (None: all) by name, trained now where the cache lacks them.
+
+    The LLM comes first, being the longest.
+    """
     folder = cache / f"models-{recipes.digest(corpus)}"
-    wanted = {recipe.name: (recipe, folder / recipe.name) for recipe in (recipes.llm, *recipes.sites.values())}
+    found = [recipe for recipe in (recipes.llm, *recipes.sites.values()) if wanted is None or recipe.name in wanted]
     calls = {
-        name: Call(make_model, {"recipe": recipe, "texts": _texts(recipe, corpus), "folder": place})
-        for name, (recipe, place) in wanted.items()
-        if not place.is_dir()
+        recipe.name: Call(
+            make_model, {"recipe": recipe, "texts": _texts(recipe, corpus), "folder": folder / recipe.name}
+        )
+        for recipe in found
+        if not (folder / recipe.name).is_dir()
     }
     if calls:
         folder.mkdir(parents=True, exist_ok=True)
         run_calls(calls, workers=workers, on_progress=on_progress)
-    return {name: place for name, (_, place) in wanted.items()}
+    return {recipe.name: folder / recipe.name for recipe in found}
 
 
 def make_model(progress: Progress, recipe: ModelRecipe, texts: Sequence[str], folder: Path) -> None:

@@ -12,7 +12,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedmkt.errors import Refusal
@@ -21,8 +21,8 @@ CHUNK_TARGET_BYTES = 256
 CHUNK_LEAST_BYTES = 120
 SHORTEST_STRING = 120  # characters; shorter constants are messages and keys, not documentation
 SKIPPED_FOLDERS = frozenset({"tests", "test", "testing", "site-packages", "idlelib", "lib2to3", "pydoc_data"})
-DOMAIN_BYTES = 900_000  # enough for every part below with some to spare
-GENERAL_BYTES = 1_300_000  # from each general source
+DOMAIN_SPARE = 2.2  # text read for each chunk of a domain that is wanted, so that it comes from many files
+GENERAL_SPARE = 1.15  # some chunks occur in two sources
 
 
 WORD = re.compile(r"\S+")
@@ -65,9 +65,20 @@ class Corpus:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the whole corpus; names the cache folder of models trained on it."""
-        parts = [self.private, self.public, self.pretraining, {"general": self.general}]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the whole corpus; models trained on it are kept under a name that contains it."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Corpus":
+        parts = json.loads(data)
+        tables = {
+            name: {domain: tuple(chunks) for domain, chunks in parts[name].items()}
+            for name in ("private", "public", "pretraining")
+        }
+        return cls(general=tuple(parts["general"]), **tables)
 
 
 def build_corpus(
@@ -80,7 +91,7 @@ def build_corpus(
     needed = private + public + pretraining
     found: dict[str, list[str]] = {}
     for source in DOMAINS:
-        chunks = _chunks_of(source, DOMAIN_BYTES)
+        chunks = _chunks_of(source, round(DOMAIN_SPARE * needed * CHUNK_TARGET_BYTES))
         if len(chunks) >= needed:
             found[source.domain] = chunks
         if len(found) == domains:
@@ -91,7 +102,8 @@ def build_corpus(
             "install fedmkt with its extras: pip install 'fedmkt[coordinator,llm-server,client-agent]'"
         )
     taken = {chunk for chunks in found.values() for chunk in chunks}
-    background = [c for source in GENERAL for c in _chunks_of(source, GENERAL_BYTES) if c not in taken]
+    share = round(GENERAL_SPARE * general * CHUNK_TARGET_BYTES / len(GENERAL))
+    background = [c for source in GENERAL for c in _chunks_of(source, share) if c not in taken]
     return Corpus(
         private={d: tuple(c[:private]) for d, c in found.items()},
         public={d: tuple(c[private : private + public]) for d, c in found.items()},

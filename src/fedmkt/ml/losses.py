@@ -109,6 +109,9 @@ def chunked_losses(
     hidden (N, D), head_weight (V, D), head_bias (V,) or None. Logits are made again in the backward pass, so memory is
     independent of N x V at the price of one more product with the head. The default keeps 64 MiB of float32 logits.
     """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # as the model's own head would
+        hidden = hidden.to(torch.get_autocast_dtype(device))
     vocabulary = head_weight.shape[0]
     rows = chunk_rows or max(1, CHUNK_LOGITS // max(1, vocabulary))
     shape = hidden.new_empty((hidden.shape[0], vocabulary), device="meta")  # logits that never exist

@@ -148,11 +148,11 @@ def _check_folder(folder: Path) -> None:
 def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise SlowTokenizer(
             f"{name} has no tokenizer that loads without remote code: {error}; convert it to tokenizer.json"
         ) from error
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         raise SlowTokenizer(
             f"{name} has a {type(tokenizer).__name__}, a tokenizer without a fast backend; convert it to tokenizer.json"
         )

@@ -235,8 +235,9 @@ class Party:
 
 
 def _checkpoint_gradients(model: PreTrainedModel) -> None:
-    kwargs = {"use_reentrant": False}  # the reentrant kind loses gradients when the base is frozen
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[no-untyped-call]
+    # renamed in transformers 5.23, which warns of the name that came before it
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # the reentrant kind loses gradients when the base is frozen
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

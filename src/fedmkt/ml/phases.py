@@ -99,7 +99,7 @@ def own_knowledge(party: Party, plan: RoundPlan, *, adapter_version: int, progre
         slice_index=plan.slice_index,
         adapter_version=adapter_version,
         top_k=max(WIDE_TOP_K, plan.config.knowledge.top_k),
-        top_p=WIDE_TOP_P,
+        top_p=max(WIDE_TOP_P, plan.config.knowledge.top_p),
         max_tokens=plan.max_tokens,
         progress=lambda done, total: progress("making knowledge", done, total),
     )

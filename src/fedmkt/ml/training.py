@@ -151,7 +151,6 @@ class _Loop:
                 yield
         finally:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.accelerator.free_memory()
             self.party.optimizer.zero_grad(set_to_none=True)
             model.train(False)
 

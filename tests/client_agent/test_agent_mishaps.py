@@ -1,0 +1,104 @@
+"""Agents and what goes wrong: deadlines missed, a coordinator that restarts, a site that is revoked, tokens."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent_world import World
+from fedmkt.client import CoordinatorProblem
+from fedmkt.protocol import Schedule
+from fedmkt.stopping import StopFlag
+from fedmkt_client_agent.enrolment import NotEnrolled, OtherCoordinator
+from fedmkt_client_agent.main import serve as serve_agent
+from live_coordinator import tiny_config, until
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
+
+
+def test_a_site_that_missed_the_upload_still_learns(world: World) -> None:
+    schedule = Schedule(quorum=1, collect_timeout_s=4, distill_timeout_s=60, apply_timeout_s=60)
+    federation_id = world.begin(tiny_config(("north", "south"), name="missed", schedule=schedule))
+    south = world.start(world.settings(federation_id, "south"), federation_id, "south")
+    assert south.end() is None
+    north = world.start(world.settings(federation_id, "north"), federation_id, "north")
+    world.request(federation_id)
+    with world.coordinator.client() as operator:
+        until(
+            lambda: (now := operator.federation(federation_id).current_round) is not None and now.state != "collecting"
+        )
+    south = world.start(world.again(federation_id, "south"), federation_id, "south")
+    (finished,) = world.coordinator.wait_for_rounds(federation_id, 1)
+    assert [north.end(), south.end()] == [None, None]
+    by_name = {site.site: site for site in finished.sites}
+    assert finished.state == "completed"
+    assert by_name["south"].uploaded_at is None
+    report = by_name["south"].report
+    assert report is not None
+    assert sum(report.selection.taught.values()) == 16
+    assert "own_knowledge" in report.phase_seconds
+    assert "private_training" not in report.phase_seconds
+
+
+def test_a_round_survives_a_restart_of_the_coordinator(world: World) -> None:
+    federation_id = world.begin(tiny_config(("north",), name="restart"))
+    agent = world.start(world.settings(federation_id, "north"), federation_id, "north")
+    world.request(federation_id)
+    with world.coordinator.client() as operator:
+        until(lambda: operator.federation(federation_id).current_round is not None)
+    world.coordinator.stop()
+    time.sleep(0.5)
+    world.coordinator.start()
+    (finished,) = world.coordinator.wait_for_rounds(federation_id, 1)
+    assert finished.state == "completed"
+    assert agent.alive
+    assert agent.end() is None
+
+
+def test_a_revoked_site_ends_and_says_why(world: World) -> None:
+    federation_id = world.begin(tiny_config(("north",), name="revoked"))
+    agent = world.start(world.settings(federation_id, "north"), federation_id, "north")
+    with world.coordinator.client() as operator:
+        operator.revoke_site(federation_id, "north")
+    until(lambda: not agent.alive)
+    error = agent.end()
+    assert isinstance(error, CoordinatorProblem)
+    assert error.code == "site.revoked"
+
+
+# --------------------------------------------------------------------------------------------------------- enrolment
+
+
+def test_a_new_site_without_a_token_cannot_begin(world: World) -> None:
+    federation_id = world.begin(tiny_config(("north",), name="tokenless"))
+    with pytest.raises(NotEnrolled, match="ask the operator for a token"):
+        serve_agent(world.again(federation_id, "north"), StopFlag())
+
+
+def test_a_wrong_token_is_refused_by_the_coordinator(world: World) -> None:
+    federation_id = world.begin(tiny_config(("north",), name="wrong"))
+    with pytest.raises(CoordinatorProblem, match="enrolment token is unknown"):
+        serve_agent(world.again(federation_id, "north", enrolment_token="guessed"), StopFlag())
+
+
+def test_a_state_folder_belongs_to_one_coordinator(world: World) -> None:
+    federation_id = world.begin(tiny_config(("north",), name="moved"))
+    agent = world.start(world.settings(federation_id, "north"), federation_id, "north")
+    assert agent.end() is None
+    key = (world.folder / federation_id / "north" / "key.pem").stat()
+    assert key.st_mode & 0o777 == 0o600
+    elsewhere = world.coordinator.url.replace("127.0.0.1", "localhost")
+    with pytest.raises(OtherCoordinator, match=f"not at {elsewhere}"):
+        serve_agent(world.again(federation_id, "north", coordinator_url=elsewhere), StopFlag())
+
+
+def test_an_agent_waits_for_a_token_file_that_is_not_there_yet(world: World, tmp_path: Path) -> None:
+    federation_id = world.begin(tiny_config(("north",), name="patient"))
+    token = world.coordinator.enrolment_token(federation_id, "north")
+    waiting = world.again(federation_id, "north", enrolment_token_file=tmp_path / "token")
+    write: Callable[[], object] = lambda: (tmp_path / "token").write_text(token)  # noqa: E731 - for the timer
+    threading.Timer(1.0, write).start()
+    agent = world.start(waiting, federation_id, "north")
+    assert agent.end() is None

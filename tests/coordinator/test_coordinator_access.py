@@ -1,0 +1,403 @@
+"""Who gets in, and who may do what."""
+
+import json
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from fastapi import FastAPI
+from fastapi.dependencies.models import Dependant
+from starlette.routing import Route
+
+from conftest import RedisProcess, Worlds, settings_for
+from coordinator_world import TOKENS, Clock, World, a_report, config
+from fedmkt.protocol import Enrolled, Enrolment, EnrolmentToken, EnrolmentTokenRequest, TokenRequest
+from fedmkt.signing import new_key, public_hex, site_assertion
+from fedmkt_coordinator.app import create_app
+from fedmkt_coordinator.credentials import FILE, install, read_or_make
+from fedmkt_coordinator.security import Allow
+from fedmkt_coordinator.settings import Settings, read_settings
+from fedmkt_coordinator.store import Store
+
+pytestmark = [pytest.mark.anyio]
+services = pytest.mark.services
+
+# The role matrix: who may call what. A route that is not here, or has other roles, fails the test below.
+PUBLIC = {"anyone"}
+OPERATOR = {"operator"}
+READERS = {"operator", "viewer", "worker"}
+MATRIX: dict[tuple[str, str], set[str]] = {
+    ("GET", "/healthz"): PUBLIC,
+    ("GET", "/readyz"): PUBLIC,
+    ("GET", "/version"): PUBLIC,
+    ("GET", "/v1/keys"): PUBLIC,
+    ("POST", "/v1/enrol"): PUBLIC,
+    ("POST", "/v1/token"): PUBLIC,
+    ("POST", "/v1/federations"): OPERATOR,
+    ("GET", "/v1/federations"): READERS,
+    ("GET", "/v1/federations/{federation_id}"): READERS,
+    ("PUT", "/v1/federations/{federation_id}/public-set"): OPERATOR,
+    ("PUT", "/v1/federations/{federation_id}/llm"): {"worker"},
+    ("GET", "/v1/federations/{federation_id}/adapters"): READERS,
+    ("POST", "/v1/federations/{federation_id}/enrolment-tokens"): OPERATOR,
+    ("POST", "/v1/federations/{federation_id}/sites/{name}/revoke"): OPERATOR,
+    ("POST", "/v1/federations/{federation_id}/rounds"): OPERATOR,
+    ("GET", "/v1/federations/{federation_id}/rounds"): READERS,
+    ("GET", "/v1/federations/{federation_id}/events"): READERS,
+    ("GET", "/v1/federations/{federation_id}/events/stream"): READERS,
+    ("GET", "/v1/rounds/{round_id}"): READERS,
+    ("POST", "/v1/rounds/{round_id}/cancel"): OPERATOR,
+    ("POST", "/v1/rounds/{round_id}/report"): {"site"},
+    ("GET", "/v1/me"): {"site"},
+    ("PUT", "/v1/me/vocabulary"): {"site"},
+    ("PUT", "/v1/me/model"): {"site"},
+    ("GET", "/v1/me/task"): {"site"},
+    ("POST", "/v1/uploads"): {"site"},
+    ("GET", "/v1/uploads/{upload_id}"): {"site"},
+    ("DELETE", "/v1/uploads/{upload_id}"): {"site"},
+    ("PUT", "/v1/uploads/{upload_id}/chunks/{index}"): {"site"},
+    ("POST", "/v1/uploads/{upload_id}/complete"): {"site"},
+    ("GET", "/v1/artifacts/{digest}"): {"operator", "worker", "site"},
+    ("PUT", "/v1/artifacts/{digest}"): {"operator", "worker"},
+    ("GET", "/v1/jobs/queue"): {"worker"},
+    ("POST", "/v1/jobs/{job_id}/claim"): {"worker"},
+    ("POST", "/v1/jobs/{job_id}/heartbeat"): {"worker"},
+    ("POST", "/v1/jobs/{job_id}/complete"): {"worker"},
+    ("POST", "/v1/jobs/{job_id}/fail"): {"worker"},
+}
+# The description of the API itself, which the framework serves.
+DESCRIPTIONS = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
+
+
+# ------------------------------------------------------------------------------------------------ roles
+
+
+def routes_of(app: FastAPI) -> Iterator[tuple[str, str, set[str]]]:
+    """(method, path, roles) of everything that answers; no roles where a route names none."""
+    for route in app.routes:
+        if isinstance(route, Route) and route.path in DESCRIPTIONS:
+            continue
+        for each in route.effective_candidates():  # type: ignore[attr-defined] # an included router, private to FastAPI
+            for method in each.methods:
+                yield method, each.path, roles_of(each.dependant)
+
+
+def roles_of(dependant: Dependant) -> set[str]:
+    own = set(dependant.call.roles) if isinstance(dependant.call, Allow) else set()
+    return own.union(*(roles_of(each) for each in dependant.dependencies)) if dependant.dependencies else own
+
+
+def test_every_route_names_its_roles_and_they_are_these(tmp_path: Path) -> None:
+    found = {(method, path): roles for method, path, roles in routes_of(create_app(Settings(state_dir=tmp_path)))}
+    assert found == MATRIX
+
+
+def test_a_route_without_roles_would_be_found(tmp_path: Path) -> None:
+    from fastapi import APIRouter
+
+    app, router = create_app(Settings(state_dir=tmp_path)), APIRouter()
+    router.add_api_route("/open", lambda: "open")
+    app.include_router(router)
+    assert ("GET", "/open", set()) in list(routes_of(app))
+
+
+@services
+async def test_every_other_role_is_turned_away_from_every_route(world: World) -> None:
+    await world.create()
+    site = await world.enrol("north")
+    tokens = {**TOKENS, "site": site.token}
+    for (method, path), roles in MATRIX.items():
+        if roles == PUBLIC:
+            continue
+        url = re.sub(r"\{[a-z_]+\}", "0", path)
+        await world.refused("token.missing", method, url, None)
+        await world.refused("token.invalid", method, url, secrets.token_hex(32))
+        for role in tokens.keys() - roles:
+            detail = await world.refused("role.forbidden", method, url, tokens[role])
+            assert f"the token is of role {role}" in detail
+
+
+# ------------------------------------------------------------------------------------------------ enrolment
+
+
+async def issue(world: World, site: str = "north") -> EnrolmentToken:
+    path = f"/v1/federations/{world.federation_id}/enrolment-tokens"
+    return await world.ask(EnrolmentToken, "POST", path, "operator", EnrolmentTokenRequest(site=site))
+
+
+def enrolment(token: str, key: Any = None, **changes: Any) -> Enrolment:
+    return Enrolment(token=token, public_key=public_hex(key or new_key()), **changes)
+
+
+@services
+async def test_an_enrolment_token_works_once_and_again_only_for_the_same_key(world: World) -> None:
+    await world.create()
+    token = (await issue(world)).token
+    key = new_key()
+    first = await world.ask(Enrolled, "POST", "/v1/enrol", None, enrolment(token, key))
+    assert (first.site, first.federation_id) == ("north", world.federation_id)
+    assert await world.ask(Enrolled, "POST", "/v1/enrol", None, enrolment(token, key)) == first
+    detail = await world.refused("enrolment.refused", "POST", "/v1/enrol", None, enrolment(token))
+    assert "was used with another key" in detail
+    assert (await world.event_kinds()).count("site.enrolled") == 1
+
+
+@services
+async def test_tokens_expire_are_replaced_and_belong_to_named_sites(world: World) -> None:
+    await world.create()
+    old, new = (await issue(world)).token, (await issue(world)).token
+    await world.refused("enrolment.refused", "POST", "/v1/enrol", None, enrolment(old))
+    await world.refused("enrolment.refused", "POST", "/v1/enrol", None, enrolment("made up"))
+    world.clock.move(7 * 86400)
+    detail = await world.refused("enrolment.refused", "POST", "/v1/enrol", None, enrolment(new))
+    assert "expired at 2031-05-11" in detail
+    path = f"/v1/federations/{world.federation_id}/enrolment-tokens"
+    detail = await world.refused("site.not_named", "POST", path, "operator", EnrolmentTokenRequest(site="west"))
+    assert "names 2 sites and 'west' is none of them: north, south" in detail
+
+
+@services
+async def test_an_enrolled_site_gets_a_new_token_only_after_it_was_revoked(world: World) -> None:
+    await world.create()
+    await world.enrol("north")
+    path = f"/v1/federations/{world.federation_id}"
+    wanted = EnrolmentTokenRequest(site="north")
+    await world.refused("site.already_enrolled", "POST", f"{path}/enrolment-tokens", "operator", wanted)
+    assert (await world.send("POST", f"{path}/sites/north/revoke")).status_code == 204
+    assert (await world.send("POST", f"{path}/sites/north/revoke")).status_code == 204
+    await world.enrol("north")
+    assert [each.state for each in (await world.view()).sites] == ["enrolled", "awaited"]
+
+
+@services
+async def test_a_site_of_another_protocol_learns_both_versions_and_the_remedy(world: World) -> None:
+    wanted = enrolment("any", protocol_version=2)
+    detail = await world.refused("protocol.mismatch", "POST", "/v1/enrol", None, wanted)
+    assert detail == "the coordinator speaks protocol 1, the site 2; update the coordinator"
+
+
+# ------------------------------------------------------------------------------------------------ assertions, tokens
+
+
+def claims(world: World, site_id: str, **changes: Any) -> dict[str, Any]:
+    now = world.clock.now
+    made = {"iss": site_id, "sub": site_id, "aud": "fedmkt", "jti": secrets.token_hex(8)}
+    return {**made, "iat": now, "exp": now + timedelta(seconds=60), **changes}
+
+
+@services
+async def test_an_assertion_works_once(world: World) -> None:
+    await world.create()
+    site = await world.enrol("north")
+    body = TokenRequest(assertion=site_assertion(site.key, site.site_id, world.clock()))
+    assert (await world.send("POST", "/v1/token", None, body)).status_code == 200
+    await world.refused("assertion.used", "POST", "/v1/token", None, body)
+
+
+@services
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"aud": "somebody else"}, "assertion.refused"),
+        ({"sub": "site_00000000000000000000"}, "assertion.refused"),
+        ({"iss": "site_00000000000000000000"}, "assertion.refused"),
+        ({"jti": ""}, "assertion.refused"),
+        ({"jti": None}, "assertion.refused"),
+        ({"exp": 10**18}, "assertion.refused"),
+        ({"iat": "yesterday"}, "assertion.refused"),
+    ],
+)
+async def test_assertions_that_do_not_hold_are_refused(world: World, changes: dict[str, Any], code: str) -> None:
+    await world.create()
+    site = await world.enrol("north")
+    made = {name: value for name, value in claims(world, site.site_id, **changes).items() if value is not None}
+    assertion = jwt.encode(made, site.key, algorithm="EdDSA")
+    await world.refused(code, "POST", "/v1/token", None, TokenRequest(assertion=assertion))
+
+
+@services
+async def test_an_assertion_of_another_key_or_of_none_is_refused(world: World) -> None:
+    await world.create()
+    site = await world.enrol("north")
+    forged = jwt.encode(claims(world, site.site_id), new_key(), algorithm="EdDSA")
+    unsigned = jwt.encode(claims(world, site.site_id), None, algorithm="none")
+    shared = jwt.encode(claims(world, site.site_id), public_hex(site.key), algorithm="HS256")
+    for assertion in (forged, unsigned, shared, "no.jwt.atall", "nonsense"):
+        await world.refused("assertion.refused", "POST", "/v1/token", None, TokenRequest(assertion=assertion))
+
+
+@services
+@pytest.mark.parametrize(("off_s", "words"), [(61, "61 s ahead of"), (-121, "121 s behind"), (86400, "86400 s ahead")])
+async def test_a_wrong_clock_is_told_by_how_much(world: World, off_s: int, words: str) -> None:
+    await world.create()
+    site = await world.enrol("north")
+    now = world.clock.now + timedelta(seconds=off_s)
+    assertion = jwt.encode(
+        claims(world, site.site_id, iat=now, exp=now + timedelta(seconds=60)), site.key, algorithm="EdDSA"
+    )
+    detail = await world.refused("assertion.clock", "POST", "/v1/token", None, TokenRequest(assertion=assertion))
+    assert f"the assertion was made {words}" in detail
+    assert "at most 60 s are tolerated" in detail
+
+
+@services
+@pytest.mark.parametrize("off_s", [59, -119])
+async def test_a_slightly_wrong_clock_is_tolerated(world: World, off_s: int) -> None:
+    await world.create()
+    site = await world.enrol("north")
+    assertion = site_assertion(site.key, site.site_id, world.clock.now + timedelta(seconds=off_s))
+    assert (await world.send("POST", "/v1/token", None, TokenRequest(assertion=assertion))).status_code == 200
+
+
+@services
+async def test_access_tokens_expire_and_foreign_ones_are_refused(world: World) -> None:
+    await world.create()
+    site = await world.enrol("north")
+    world.clock.move(599)
+    assert (await world.send("GET", "/v1/me", site)).status_code == 200
+    world.clock.move(1)
+    detail = await world.refused("token.expired", "GET", "/v1/me", site)
+    assert "POST /v1/token" in detail
+    self_made = jwt.encode(
+        {"iss": "fedmkt-coordinator", "aud": "fedmkt-api", "sub": site.site_id, "exp": 10**10},
+        site.key,
+        algorithm="EdDSA",
+    )
+    await world.refused("token.invalid", "GET", "/v1/me", self_made)
+
+
+@services
+async def test_revocation_bites_at_once(world: World) -> None:
+    await world.create()
+    site = await world.enrol("north")
+    assertion = site_assertion(site.key, site.site_id, world.clock())
+    assert (await world.send("GET", "/v1/me", site)).status_code == 200
+    await world.send("POST", f"/v1/federations/{world.federation_id}/sites/north/revoke")
+    await world.refused("site.revoked", "GET", "/v1/me", site)
+    await world.refused("site.revoked", "POST", "/v1/token", None, TokenRequest(assertion=assertion))
+
+
+# ------------------------------------------------------------------------------------------------ what a site sees
+
+
+@services
+async def test_a_site_sees_itself_and_its_federation_only(world: World) -> None:
+    await world.ready()
+    await world.request_rounds()
+    north = world.sites["north"]
+    me = (await world.send("GET", "/v1/me", north)).json()
+    assert (me["federation_id"], me["site"]["name"], me["site"]["state"]) == (world.federation_id, "north", "ready")
+    assert me["public_set"] == world.public_set.digest
+    public = await world.send("GET", f"/v1/artifacts/{me['public_set']}", north)
+    assert public.content == world.public_set.to_jsonl()
+    await world.create(config("banks"))
+    stranger = await world.enrol("north")
+    await world.refused("artifact.unknown", "GET", f"/v1/artifacts/{me['public_set']}", stranger)
+    view = await world.send("GET", "/v1/federations", "viewer")
+    current = next(each["current_round"] for each in view.json()["items"] if each["current_round"])
+    await world.refused("round.unknown", "POST", f"/v1/rounds/{current['round_id']}/report", stranger, a_report())
+
+
+@services
+async def test_a_site_reads_what_was_made_for_it_and_nothing_else(world: World) -> None:
+    await world.ready()
+    await world.request_rounds()
+    north, south = world.sites["north"], world.sites["south"]
+    for site in (north, south):
+        await world.upload(site, await world.round())
+    result = await world.distill()
+    mine, theirs = await world.task(north), await world.task(south)
+    for_both = [result.knowledge, mine["llm_vocabulary_artifact"]]
+    for digest in [*for_both, *mine["vocabulary_maps"].values()]:
+        assert (await world.send("GET", f"/v1/artifacts/{digest}", north)).status_code == 200
+    hidden = [*theirs["vocabulary_maps"].values(), result.adapter]
+    async with world.context.store.read() as tx:
+        hidden += [row.artifact for row in await tx.maps([(north.words.fingerprint, mine["llm_vocabulary"])])]
+        hidden.append((await tx.vocabulary(south.words.fingerprint)).artifact)
+        own_vocabulary = (await tx.vocabulary(north.words.fingerprint)).artifact
+    assert (await world.send("GET", f"/v1/artifacts/{own_vocabulary}", north)).status_code == 200
+    for digest in hidden:
+        await world.refused("artifact.unknown", "GET", f"/v1/artifacts/{digest}", north)
+        assert (await world.send("GET", f"/v1/artifacts/{digest}", "worker")).status_code == 200
+
+
+# ------------------------------------------------------------------------------------------------ staff tokens
+
+
+async def accepted(store: Store, *tokens: str) -> list[str | None]:
+    from fedmkt_coordinator.ids import secret_hash
+
+    async with store.read() as tx:
+        found = [await tx.credential(secret_hash(token)) for token in tokens]
+    return [row.role if row else None for row in found]
+
+
+async def test_tokens_are_made_once_and_only_their_hashes_are_stored(store: Store, state_dir: Path) -> None:
+    settings = Settings(state_dir=state_dir)
+    await install(store, settings)
+    made = read_or_make(state_dir)
+    await install(store, settings)
+    assert read_or_make(state_dir) == made
+    assert await accepted(store, made.operator, made.viewer, made.worker) == ["operator", "viewer", "worker"]
+    assert stat.S_IMODE((state_dir / FILE).stat().st_mode) == 0o600
+    assert not any(made.operator.encode() in content for content in database_files(state_dir))
+
+
+def database_files(state_dir: Path) -> list[bytes]:
+    return [path.read_bytes() for path in state_dir.glob("*.sqlite*")]
+
+
+async def test_a_token_that_was_replaced_stops_working(store: Store, state_dir: Path) -> None:
+    await install(store, Settings(state_dir=state_dir))
+    made = read_or_make(state_dir)
+    replaced = made.model_copy(update={"viewer": "f" * 64})
+    (state_dir / FILE).write_text(json.dumps(replaced.model_dump()))
+    await install(store, Settings(state_dir=state_dir, operator_token="e" * 64))
+    assert await accepted(store, made.operator, made.viewer, made.worker) == [None, None, "worker"]
+    assert await accepted(store, "e" * 64, "f" * 64) == ["operator", "viewer"]
+    await install(store, Settings(state_dir=state_dir))
+    assert await accepted(store, "e" * 64, made.operator) == [None, "operator"]
+
+
+async def test_installations_on_one_database_keep_their_own_tokens(store: Store, state_dir: Path) -> None:
+    folders = [state_dir / "one", state_dir / "two"]
+    for folder in folders:
+        await install(store, Settings(state_dir=folder))
+    tokens = [read_or_make(folder).operator for folder in folders]
+    assert tokens[0] != tokens[1]
+    assert await accepted(store, *tokens) == ["operator", "operator"]
+
+
+def test_settings_come_from_variables_and_from_a_folder_of_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fedmkt_worker_token").write_text("w" * 64)
+    monkeypatch.setenv("FEDMKT_SECRETS_DIR", str(tmp_path))
+    monkeypatch.setenv("FEDMKT_LEASE_S", "7")
+    settings = read_settings(port=9000)
+    assert (settings.port, settings.lease_s) == (9000, 7)
+    assert settings.worker_token is not None
+    assert settings.worker_token.get_secret_value() == "w" * 64
+    assert "w" * 64 not in repr(settings)
+
+
+@services
+async def test_tokens_are_never_logged(
+    worlds: Worlds, state_dir: Path, redis_server: RedisProcess, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    world = await worlds.open(settings_for(state_dir, redis_server.url))
+    await world.create()
+    site = await world.enrol("north")
+    await world.refused("role.forbidden", "GET", "/v1/federations", site)
+    await world.refused("token.invalid", "GET", "/v1/me", "0" * 64)
+    text = " ".join(str(vars(record)) for record in caplog.records if record.name.startswith("fedmkt"))
+    assert "request.refused" in text
+    for secret in (*TOKENS.values(), site.token, "0" * 64, "secret-of-tests"):
+        assert secret not in text
