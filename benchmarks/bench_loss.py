@@ -58,14 +58,19 @@ def bench_step_against_dense_targets(paired: Paired) -> None:
 
 
 @needs_linux
-def bench_peak_of_a_step(results: Results) -> None:
-    ours = peak_mib("sparse", STEP)
-    for form, what, goal in (
-        ("cross_entropy", "plain cross-entropy", ratio_at_most(1.1)),
-        ("dense", "dense [B, T, V] targets, stacked and gathered", None),
-    ):
-        theirs = peak_mib(form, STEP)
-        results.add(f"peak memory of a KD step, against {what}", "MiB", ours, theirs, size=str(STEP), goal=goal)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def bench_peak_of_a_step(results: Results, vocabulary: int) -> None:
+    shape = StepShape(vocabulary=vocabulary)
+    ours, theirs = peak_mib("sparse", shape), peak_mib("cross_entropy", shape)
+    name = f"peak memory of a KD step at V {vocabulary:,}, against plain cross-entropy"
+    results.add(name, "MiB", ours, theirs, size=str(shape), goal=ratio_at_most(1.1))
+    results.grew(Growth("peak memory of a KD step over V", vocabulary), ours, theirs, f"V {vocabulary:,}")
+
+
+@needs_linux
+def bench_peak_of_a_step_against_dense_targets(results: Results) -> None:
+    name = "peak memory of a KD step, against dense [B, T, V] targets, stacked and gathered"
+    results.add(name, "MiB", peak_mib("sparse", STEP), peak_mib("dense", STEP), size=str(STEP))
 
 
 # ------------------------------------------------------------------------------------------------ through the head

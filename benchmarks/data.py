@@ -111,7 +111,7 @@ def texts(characters: int) -> list[str]:
 
 def _sources() -> Iterator[str]:
     folder = data_folder()
-    if folder is None:
+    if folder is None or not (folder / "datasets").is_dir():
         yield "\n".join(pydoc_data.topics.topics.values())
         return
     for name in TEXTS:

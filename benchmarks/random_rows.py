@@ -12,7 +12,7 @@ def knowledge_on(
 ) -> Knowledge:
     """Random knowledge whose rows are those of a text; `rows` must have no empty sample."""
     drawn = random_knowledge(
-        seed, samples=1 + rows.rows // 50, rows_per_sample=80, vocabulary_size=vocabulary_size, top_k=top_k, top_p=top_p
+        seed, samples=1 + rows.rows // 60, rows_per_sample=80, vocabulary_size=vocabulary_size, top_k=top_k, top_p=top_p
     )
     if drawn.rows < rows.rows:
         raise ValueError(f"{drawn.rows} random rows were drawn for {rows.rows} rows of text; draw more")

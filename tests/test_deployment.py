@@ -1,6 +1,7 @@
 """What deploys the project: generated secrets, and the dependency lists that images are built from."""
 
 import importlib.util
+import json
 import re
 import stat
 import subprocess
@@ -46,8 +47,8 @@ def test_a_second_start_keeps_every_secret(volumes: Path) -> None:
     first = contents(volumes)
     first_start.make_secrets(volumes)
     assert contents(volumes) == first
-    assert len(first) == 9
-    assert len(set(first.values())) == 7  # operator's and worker's token: given and taken
+    assert len(first) == 10
+    assert len(set(first.values())) == 8  # operator's and worker's token: given and taken
 
 
 def test_two_stacks_share_no_secret(tmp_path: Path) -> None:
@@ -76,6 +77,7 @@ def test_the_coordinators_secrets_are_what_the_others_hold(volumes: Path) -> Non
     made = contents(volumes)
     assert made["coordinator/fedmkt_operator_token"] == made["operator/token"]
     assert made["coordinator/fedmkt_worker_token"] == made["worker/token"]
+    assert json.loads(made["operator/credentials.json"]) == {"operator": made["operator/token"]}
     assert f":{made['database/password']}@postgres" in made["coordinator/fedmkt_database_url"]
     assert f":{made['redis/password']}@redis" in made["coordinator/fedmkt_redis_url"]
 

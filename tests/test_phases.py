@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from fedmkt.knowledge import Knowledge
+from fedmkt.knowledge_cut import shared_knowledge
 from fedmkt.knowledge_file import KnowledgeFileUnreadable, read_knowledge_file, write_knowledge_file
 from fedmkt.lesson import Lesson, prepare_lesson
-from fedmkt.ml.extraction import extract
+from fedmkt.ml.checkpoints import Checkpoints
+from fedmkt.ml.extraction import WIDE_TOP_K, WIDE_TOP_P, extract
 from fedmkt.ml.models import load_base
 from fedmkt.ml.party import Party
 from fedmkt.ml.phases import (
     Clock,
+    Progress,
     apply_phase,
     distil_phase,
     gate,
@@ -23,7 +26,6 @@ from fedmkt.ml.phases import (
     private_epochs,
     private_phase,
     public_evaluations,
-    shared_knowledge,
     undone_on_error,
 )
 from fedmkt.ml.training import TrainingDiverged
@@ -39,6 +41,7 @@ from fedmkt.protocol import (
 )
 from fedmkt.public_set import PublicSet
 from fedmkt.round_plan import RoundPlan
+from fedmkt.stopping import StopFlag
 from live_coordinator import stories, tiny_config
 from tiny_models import POSITIONS, save_tiny
 
@@ -133,12 +136,13 @@ def test_a_site_trains_longer_before_its_first_upload() -> None:
 # --------------------------------------------------------------------------------------------------------- knowledge
 
 
-def test_wide_knowledge_is_as_wide_as_the_party_needs_and_never_narrower_than_what_is_shared(party: Party) -> None:
-    own = own_knowledge(party, plan_of(knowledge=KnowledgeConfig(top_k=300, max_tokens=POSITIONS)), adapter_version=4)
-    assert (own.header.top_k, own.header.top_p, own.header.adapter_version) == (300, 1.0, 4)
-    assert np.diff(own.entry_splits).max() == 300
-    narrow = own_knowledge(party, plan_of(), adapter_version=0)
-    assert narrow.header.top_k == 256
+def test_wide_knowledge_is_never_narrower_than_what_is_shared(party: Party) -> None:
+    wide = own_knowledge(party, plan_of(), adapter_version=4)
+    assert (wide.header.top_k, wide.header.top_p, wide.header.adapter_version) == (WIDE_TOP_K, WIDE_TOP_P, 4)
+    config = KnowledgeConfig(top_k=300, top_p=1.0, max_tokens=POSITIONS)
+    wider = own_knowledge(party, plan_of(knowledge=config), adapter_version=0)
+    assert (wider.header.top_k, wider.header.top_p) == (300, 1.0)
+    assert np.diff(wider.entry_splits).max() == 300
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(16, 0.98), (1, 0.5), (200, 0.3), (5, 1.0), (64, 1e-9)])
@@ -410,3 +414,103 @@ def test_the_clock_adds_up_what_happens_twice() -> None:
             json.dumps("something")
     assert list(clock.rounded) == ["evaluate"]
     assert clock.seconds["evaluate"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+class Killed(Exception):
+    """The process ended here."""
+
+
+def killed_after(steps: int) -> Progress:
+    def progress(step: str, done: int, total: int, /) -> None:
+        if step.startswith(("training", "learning")) and done == steps:
+            raise Killed
+
+    return progress
+
+
+def checkpoints_in(folder: Path, key: str = "round_1 private") -> Checkpoints:
+    return Checkpoints(folder / "jobs" / "checkpoint.safetensors", key, interval_s=0.0)
+
+
+def test_a_private_training_that_was_killed_ends_where_an_unbroken_one_ends(
+    party: Party, model: Path, tmp_path: Path
+) -> None:
+    config = plan_of().config
+    private_phase(party, PRIVATE.train, config, epochs=3)
+    broken = Party(load_base(model, device="cpu"), config.lora, seed=5)
+    for steps in (1, 4):
+        with pytest.raises(Killed):
+            private_phase(
+                broken,
+                PRIVATE.train,
+                config,
+                epochs=3,
+                checkpoints=checkpoints_in(tmp_path),
+                progress=killed_after(steps),
+            )
+        assert broken.steps == 0, "in memory it is undone; the file has it"
+    report = private_phase(broken, PRIVATE.train, config, epochs=3, checkpoints=checkpoints_in(tmp_path))
+    assert report is not None
+    assert report.steps == 2, "of six, four were done"
+    assert (broken.adapter_bytes(), broken.steps) == (party.adapter_bytes(), party.steps)
+
+
+def test_a_lesson_that_was_killed_ends_where_an_unbroken_one_ends(party: Party, model: Path, tmp_path: Path) -> None:
+    plan = plan_of()
+    expected = distil_phase(party, plan, own_knowledge(party, plan, adapter_version=0), Teach(plan, party))
+    broken = Party(load_base(model, device="cpu"), plan.config.lora, seed=5)
+    own = own_knowledge(broken, plan, adapter_version=0)
+    with pytest.raises(Killed):
+        distil_phase(
+            broken,
+            plan,
+            own,
+            Teach(plan, broken),
+            checkpoints=checkpoints_in(tmp_path),
+            progress=killed_after(1),
+        )
+    resumed = distil_phase(broken, plan, own, Teach(plan, broken), checkpoints=checkpoints_in(tmp_path))
+    assert resumed.training is not None
+    assert resumed.training.steps == 1
+    assert resumed.tried == expected.tried
+    assert (resumed.before, resumed.after) == (expected.before, expected.after)
+
+
+def test_another_trainings_checkpoint_is_not_taken_up(party: Party, tmp_path: Path) -> None:
+    config = plan_of().config
+    with pytest.raises(Killed):
+        private_phase(
+            party, PRIVATE.train, config, epochs=1, checkpoints=checkpoints_in(tmp_path), progress=killed_after(1)
+        )
+    assert checkpoints_in(tmp_path, "round_2 private").resume(party) == 0
+    party.steps = 1
+    assert checkpoints_in(tmp_path).resume(party) == 0, "it began from another state"
+    party.steps = 0
+    assert checkpoints_in(tmp_path).resume(party) == 1
+    checkpoints_in(tmp_path).clear()
+    assert checkpoints_in(tmp_path).resume(party) == 0
+
+
+def test_a_torn_checkpoint_is_left_aside(party: Party, tmp_path: Path) -> None:
+    path = tmp_path / "jobs" / "checkpoint.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"\x10\x00\x00")
+    assert checkpoints_in(tmp_path).resume(party) == 0
+
+
+def test_a_checkpoint_is_written_when_the_program_is_told_to_stop_and_not_after_every_step(
+    party: Party, tmp_path: Path
+) -> None:
+    stop = StopFlag()
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoints = Checkpoints(path, "k", interval_s=3600, stop=stop)
+    checkpoints.offer(party, 1, 3)
+    assert not path.exists()
+    stop.set()
+    checkpoints.offer(party, 3, 3)
+    assert not path.exists(), "all steps are done"
+    checkpoints.offer(party, 2, 3)
+    assert path.exists()

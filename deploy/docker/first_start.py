@@ -7,6 +7,7 @@ Runs as root in a bare Python image at every `up`; a secret that is there alread
 stays readable. `docker compose down --volumes` is how to get new ones.
 """
 
+import json
 import os
 import secrets
 import sys
@@ -39,6 +40,7 @@ def make_secrets(root: Path) -> None:
     database = keep(root / "database" / "password", secrets.token_hex(24), everyone=True)
     redis = keep(root / "redis" / "password", secrets.token_hex(24), everyone=True)
     operator = keep(root / "operator" / "token", secrets.token_hex(32))
+    keep(root / "operator" / "credentials.json", json.dumps({"operator": operator}))  # as `fedmkt` commands read it
     worker = keep(root / "worker" / "token", secrets.token_hex(32))
     # Named as the coordinator's settings are, so that it reads the whole folder.
     keep(root / "coordinator" / "fedmkt_database_url", f"postgresql://fedmkt:{database}@postgres:5432/fedmkt")

@@ -198,20 +198,27 @@ for _name, (_extra, _text) in SERVICES.items():
 
 def main() -> NoReturn:
     """The console script."""
-    from pydantic import ValidationError
-
     try:
         app()
     except Refusal as refusal:
         _end(refusal.detail, REFUSED)
-    except ValidationError as error:
-        for each in error.errors(include_url=False):
-            where = ".".join(map(str, each["loc"]))
-            print(f"fedmkt: {where + ': ' if where else ''}{each['msg']}", file=sys.stderr)
-        sys.exit(MISUSED)
+    except ValueError as error:
+        _end_misused(error)
     except KeyboardInterrupt:
         _end("interrupted", INTERRUPTED)
     sys.exit(0)
+
+
+def _end_misused(error: ValueError) -> NoReturn:
+    """A setting that pydantic refuses, one line a field; any other ValueError is a fault of ours and goes on."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        raise error
+    for each in error.errors(include_url=False):
+        where = ".".join(map(str, each["loc"]))
+        print(f"fedmkt: {where + ': ' if where else ''}{each['msg']}", file=sys.stderr)
+    sys.exit(MISUSED)
 
 
 def _end(message: str, status: int) -> NoReturn:

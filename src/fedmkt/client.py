@@ -286,7 +286,8 @@ class CoordinatorClient:
     def fetch_artifact(self, digest: str, folder: Path, *, max_bytes: int = MAX_ARTIFACT_BYTES) -> Path:
         """The artifact as a file in `folder`, named by its digest; taken from there when it lies there already.
 
-        An interrupted download is continued where it stopped, in this call or a later one.
+        An interrupted download is continued where it stopped, in this call or a later one. The folder belongs to one
+        process, which fetches an artifact once at a time.
         """
         target = folder / digest
         if target.exists():

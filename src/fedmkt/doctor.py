@@ -76,12 +76,16 @@ class Finding:
 
 
 def examine(wishes: Wishes) -> Iterator[Finding]:
-    """Every check in order. A refusal or an error of the system inside a check is its finding."""
-    for name, check in CHECKS.items():
-        try:
-            yield check(name, wishes)
-        except (Refusal, OSError, subprocess.SubprocessError, ValueError, httpx.HTTPError) as error:
-            yield Finding(name, "FAILED", f"{type(error).__name__}: {error}", "see the message")
+    """Every check in order."""
+    return (examine_one(name, wishes) for name in CHECKS)
+
+
+def examine_one(name: str, wishes: Wishes) -> Finding:
+    """One check of CHECKS. A refusal or an error of the system inside it is its finding."""
+    try:
+        return CHECKS[name](name, wishes)
+    except (Refusal, OSError, subprocess.SubprocessError, ValueError, httpx.HTTPError) as error:
+        return Finding(name, "FAILED", f"{type(error).__name__}: {error}", "see the message")
 
 
 def show(findings: Iterable[Finding]) -> list[Finding]:

@@ -4,6 +4,7 @@
 (by its nature or by an Idempotency-Key), so a request whose answer was lost is simply sent again.
 """
 
+import logging
 import platform
 import random
 import threading
@@ -25,10 +26,13 @@ from fedmkt.errors import Refusal
 from fedmkt.protocol import PROTOCOL_VERSION, AccessToken, Problem, TokenRequest
 from fedmkt.signing import site_assertion
 
+log = logging.getLogger(__name__)
+
 USER_AGENT = f"fedmkt/{__version__} protocol/{PROTOCOL_VERSION} python/{platform.python_version()}"
 RETRIED = frozenset({429, 502, 503, 504})
 RENEW_BEFORE_S = 30.0  # a token is renewed this long before it ends, or at half its life if that is shorter
 MAX_DETAIL = 500
+WORTH_A_LINE_S = 1.0  # shorter pauses between attempts are not logged
 
 Method = Literal["GET", "POST", "PUT", "DELETE"]
 Answer = TypeVar("Answer")
@@ -236,14 +240,19 @@ class Session:
                 pause_s = self._retry.pause_s(number, problem.retry_after_s)
             if time.monotonic() - started + pause_s > self._retry.patience_s:
                 raise failure
+            if pause_s >= WORTH_A_LINE_S:
+                log.info(
+                    "coordinator.not_answering",
+                    extra={"request": what, "attempt": number + 1, "reason": failure.detail, "pause_s": round(pause_s)},
+                )
             self._wait(pause_s)
         raise AssertionError("count() never ends")
 
     def _unreachable(self, what: str, attempts: int, error: httpx.TransportError) -> CoordinatorUnreachable:
         reason = str(error) or type(error).__name__
         failure = CoordinatorUnreachable(
-            f"{what} at {self.base_url} failed {attempts} times within {self._retry.patience_s:g} s, last with: "
-            f"{reason}; check the address, the proxy variables and the certificate"
+            f"{what} at {self.base_url} failed {attempts} times, last with: {reason}; check the address, "
+            "the proxy variables and the certificate"
         )
         failure.__cause__ = error
         return failure

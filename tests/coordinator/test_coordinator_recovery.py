@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import psutil
+import psutil  # type: ignore[import-untyped] # its stubs are another package
 import pytest
 import redis
 
@@ -44,12 +44,9 @@ def in_stream(server: RedisProcess) -> list[str]:
 
 
 async def test_after_a_flush_the_sweep_adds_what_waits_and_nothing_else(
-    world: World, redis_server: RedisProcess
+    distilling: World, redis_server: RedisProcess
 ) -> None:
-    await world.ready()
-    await world.request_rounds()
-    for site in world.sites.values():
-        await world.upload(site, await world.round())
+    world = distilling
     await world.tick()
     (waiting,) = await world.queued()
     assert in_stream(redis_server)[-1] == waiting

@@ -21,8 +21,8 @@ from small_tokenizers import vocabulary
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
 
 
-async def test_a_whole_round_from_request_to_completion(world: World) -> None:
-    await world.ready()
+async def test_a_whole_round_from_request_to_completion(ready: World) -> None:
+    world = ready
     north, south = world.sites["north"], world.sites["south"]
     assert (await world.request_rounds()).current_round is not None
     view = await world.round()
@@ -113,8 +113,8 @@ async def test_a_round_begins_with_the_ready_sites_once_they_reach_the_quorum(wo
     assert "began without this site" in (await world.task(world.sites["south"]))["reason"]
 
 
-async def test_rounds_follow_each_other_over_the_slices_until_none_is_asked_for(world: World) -> None:
-    await world.ready()
+async def test_rounds_follow_each_other_over_the_slices_until_none_is_asked_for(ready: World) -> None:
+    world = ready
     await world.request_rounds(3)
     for number, slice_index in ((1, 0), (2, 1), (3, 0)):
         assert (await world.round(number)).slice_index == slice_index
@@ -136,8 +136,8 @@ async def test_the_same_idempotency_key_asks_for_rounds_once(world: World) -> No
     assert "count 2 before and with 3 now" in detail
 
 
-async def test_maps_of_a_pair_are_built_once_for_all_federations(world: World) -> None:
-    await world.ready()
+async def test_maps_of_a_pair_are_built_once_for_all_federations(ready: World) -> None:
+    world = ready
     first = world.federation_id
     await world.create(config("banks"))
     assert world.federation_id != first
@@ -186,8 +186,8 @@ async def test_at_the_deadline_a_quorum_is_enough(world: World) -> None:
     assert (view.state, [each.state for each in view.sites]) == ("distilling", ["uploaded", "missed"])
 
 
-async def test_under_quorum_the_round_fails_and_names_who_is_missing(world: World) -> None:
-    await world.ready()
+async def test_under_quorum_the_round_fails_and_names_who_is_missing(ready: World) -> None:
+    world = ready
     await world.request_rounds(2)
     await world.upload(world.sites["south"], await world.round())
     world.clock.move(100)
@@ -271,9 +271,8 @@ async def test_federations_that_average_adapters_wait_for_both_uploads(world: Wo
     assert (await world.send("GET", f"/v1/artifacts/{averaged}", north)).content == b"average"
 
 
-async def test_adapters_are_refused_where_they_do_not_travel(world: World) -> None:
-    await world.ready()
-    await world.request_rounds()
+async def test_adapters_are_refused_where_they_do_not_travel(collecting: World) -> None:
+    world = collecting
     north = world.sites["north"]
     manifest = world.manifest(north, await world.round(), b"adapter", "adapter")
     await world.refused("upload.kind", "POST", "/v1/uploads", north, manifest)
@@ -290,9 +289,8 @@ async def test_a_revoked_site_is_no_longer_waited_for(world: World) -> None:
     assert (await world.round()).state == "distilling"
 
 
-async def test_knowledge_of_a_site_that_is_revoked_while_collecting_does_not_count(world: World) -> None:
-    await world.ready()
-    await world.request_rounds()
+async def test_knowledge_of_a_site_that_is_revoked_while_collecting_does_not_count(collecting: World) -> None:
+    world = collecting
     await world.upload(world.sites["north"], await world.round())
     await world.send("POST", f"/v1/federations/{world.federation_id}/sites/north/revoke")
     await world.upload(world.sites["south"], await world.round())
@@ -319,12 +317,9 @@ async def test_a_site_with_a_new_key_joins_the_next_round(world: World) -> None:
 
 
 async def test_a_round_whose_llm_server_is_silent_fails_at_the_deadline_and_its_job_is_called_off(
-    world: World,
+    distilling: World,
 ) -> None:
-    await world.ready()
-    await world.request_rounds()
-    for site in world.sites.values():
-        await world.upload(site, await world.round())
+    world = distilling
     job, _ = await world.take_distill()
     for _ in range(5):
         world.clock.move(20)
@@ -340,8 +335,8 @@ async def test_a_round_whose_llm_server_is_silent_fails_at_the_deadline_and_its_
     assert beat.cancelled
 
 
-async def test_the_adapter_is_promoted_with_its_lineage(world: World) -> None:
-    await world.ready()
+async def test_the_adapter_is_promoted_with_its_lineage(ready: World) -> None:
+    world = ready
     await world.request_rounds(2)
     await play_round(world, 1)
     await play_round(world, 2)
@@ -354,8 +349,8 @@ async def test_the_adapter_is_promoted_with_its_lineage(world: World) -> None:
     assert set(page.items[0].knowledge) == {"north", "south"}
 
 
-async def test_the_next_job_starts_from_the_promoted_adapter_not_from_one_rolled_back(world: World) -> None:
-    await world.ready()
+async def test_the_next_job_starts_from_the_promoted_adapter_not_from_one_rolled_back(ready: World) -> None:
+    world = ready
     await world.request_rounds(2)
     view = await world.round()
     for site in world.sites.values():
@@ -373,11 +368,8 @@ async def test_the_next_job_starts_from_the_promoted_adapter_not_from_one_rolled
     assert payload.adapter is None
 
 
-async def test_applying_ends_at_its_deadline_and_names_who_did_not_report(world: World) -> None:
-    await world.ready()
-    await world.request_rounds()
-    for site in world.sites.values():
-        await world.upload(site, await world.round())
+async def test_applying_ends_at_its_deadline_and_names_who_did_not_report(distilling: World) -> None:
+    world = distilling
     await world.distill()
     await world.report(world.sites["north"], await world.round())
     world.clock.move(100)
@@ -386,9 +378,8 @@ async def test_applying_ends_at_its_deadline_and_names_who_did_not_report(world:
     assert (view.state, view.reason) == ("completed", "south did not report before the deadline")
 
 
-async def test_a_report_counts_once_and_another_one_is_refused(world: World) -> None:
-    await world.ready()
-    await world.request_rounds()
+async def test_a_report_counts_once_and_another_one_is_refused(collecting: World) -> None:
+    world = collecting
     view = await world.round()
     north = world.sites["north"]
     path = f"/v1/rounds/{view.round_id}/report"
@@ -408,8 +399,8 @@ async def test_a_report_counts_once_and_another_one_is_refused(world: World) -> 
 
 
 @pytest.mark.parametrize("state", ["collecting", "distilling", "applying"])
-async def test_a_cancelled_round_ends_and_withdraws_those_to_come(world: World, state: str) -> None:
-    await world.ready()
+async def test_a_cancelled_round_ends_and_withdraws_those_to_come(ready: World, state: str) -> None:
+    world = ready
     await world.request_rounds(5)
     view = await world.round()
     if state != "collecting":
@@ -428,9 +419,8 @@ async def test_a_cancelled_round_ends_and_withdraws_those_to_come(world: World, 
     assert (await world.round(2)).state == "collecting"
 
 
-async def test_a_round_that_has_ended_cannot_be_cancelled(world: World) -> None:
-    await world.ready()
-    await world.request_rounds()
+async def test_a_round_that_has_ended_cannot_be_cancelled(collecting: World) -> None:
+    world = collecting
     await play_round(world)
     await world.refused("round.over", "POST", f"/v1/rounds/{(await world.round()).round_id}/cancel")
 
@@ -438,8 +428,8 @@ async def test_a_round_that_has_ended_cannot_be_cancelled(world: World) -> None:
 # ------------------------------------------------------------------------------------------------ what stays fixed
 
 
-async def test_the_public_set_and_the_llm_are_fixed_once_a_round_has_begun(world: World) -> None:
-    await world.ready()
+async def test_the_public_set_and_the_llm_are_fixed_once_a_round_has_begun(ready: World) -> None:
+    world = ready
     path = f"/v1/federations/{world.federation_id}"
     longer = PUBLIC_SET + b'{"id":"more","text":"one more"}\n'
     assert (await world.send("PUT", f"{path}/public-set", "operator", longer)).status_code == 200
@@ -454,18 +444,16 @@ async def test_the_public_set_and_the_llm_are_fixed_once_a_round_has_begun(world
     await world.refused("llm.fixed", "PUT", f"{path}/llm", "worker", wanted)
 
 
-async def test_a_site_keeps_its_vocabulary_while_a_round_counts_on_it(world: World) -> None:
-    await world.ready()
-    await world.request_rounds()
+async def test_a_site_keeps_its_vocabulary_while_a_round_counts_on_it(collecting: World) -> None:
+    world = collecting
     north = world.sites["north"]
     await world.describe(north)
     other = vocabulary("word_piece").to_bytes()
     await world.refused("vocabulary.in_use", "PUT", "/v1/me/vocabulary", north, other)
 
 
-async def test_every_transition_left_an_event_in_order(world: World) -> None:
-    await world.ready()
-    await world.request_rounds()
+async def test_every_transition_left_an_event_in_order(collecting: World) -> None:
+    world = collecting
     await play_round(world)
     answer = await world.send("GET", f"/v1/federations/{world.federation_id}/events?limit=200", "viewer")
     items = answer.json()["items"]

@@ -1,5 +1,6 @@
 """Uploads: every bad one is refused with a code of its own and leaves nothing; the right one is then accepted."""
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Callable
@@ -26,13 +27,6 @@ from fedmkt.signing import new_key, sign_manifest, verify_receipt
 from fedmkt_coordinator import uploads
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
-
-
-@pytest.fixture
-async def collecting(world: World) -> World:
-    await world.ready()
-    await world.request_rounds()
-    return world
 
 
 async def stored(world: World) -> set[str]:
@@ -297,3 +291,13 @@ async def test_the_papers_profile_takes_knowledge_on_the_whole_public_set(world:
         await world.upload(site, view, encode(knowledge))
     _, payload = await world.take_distill()
     assert list(payload.uploads[0].vocabulary_maps) == ["mined"]
+
+
+async def test_completing_twice_at_the_same_time_gives_one_receipt(collecting: World) -> None:
+    world, site, view = collecting, collecting.sites["north"], await collecting.round()
+    blob = world.blob(site, view)
+    state = await world.send_chunks(site, world.manifest(site, view, blob), blob)
+    path = f"/v1/uploads/{state.upload_id}/complete"
+    receipts = await asyncio.gather(*(world.ask(UploadReceipt, "POST", path, site) for _ in range(4)))
+    assert len(set(receipts)) == 1
+    assert (await world.event_kinds()).count("knowledge.accepted") == 1

@@ -5,20 +5,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from fedmkt.demo import models
 from fedmkt.demo.models import ModelRecipe, default_recipes, ensure_models, make_model
 from fedmkt.demo.texts import Corpus
 from fedmkt.demo.vocabularies import train_tokenizer
 from fedmkt.ml.models import load_base
+from fedmkt.vocabulary import Vocabulary
 from tiny_models import story
 
 TEXTS = tuple(f"{story(number)}\n\n    Returns {number}: the café's list of ``names``" for number in range(400))
 DOMAINS = ("reference", "numerics", "algebra", "databases")
 CORPUS = Corpus(
-    private={domain: TEXTS[:5] for domain in DOMAINS},
-    public={domain: TEXTS[5:9] for domain in DOMAINS},
-    pretraining={domain: TEXTS[9:30] for domain in DOMAINS},
+    private=dict.fromkeys(DOMAINS, TEXTS[:5]),
+    public=dict.fromkeys(DOMAINS, TEXTS[5:9]),
+    pretraining=dict.fromkeys(DOMAINS, TEXTS[9:30]),
     general=TEXTS[30:],
 )
 RECIPES = default_recipes(DOMAINS, llm_steps=2, site_steps=2)
@@ -31,7 +33,7 @@ def ignore(done: int, total: int) -> None: ...
 @pytest.mark.parametrize("kind", ["byte_bpe", "byte_bpe_digits", "sentencepiece_bpe"])
 def test_a_tokenizer_writes_any_text_without_loss(kind: str) -> None:
     tokenizer = train_tokenizer(kind, 600, TEXTS)
-    for text in (TEXTS[3], "  tabs\tand\n\n  blank lines ", "snow ☃ and 12345"):
+    for text in (TEXTS[3], "tabs\tand\n\n  blank lines ", "snow ☃ and 12345"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
@@ -39,6 +41,15 @@ def test_the_unigram_tokenizer_writes_what_it_was_trained_on() -> None:
     tokenizer = train_tokenizer("unigram", 600, TEXTS)
     text = TEXTS[3].replace("\n\n    ", " ")
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_byte_tokens_are_ordinary_tokens(tmp_path: Path) -> None:
+    """A vocabulary would not let special ones stand for text."""
+    train_tokenizer("sentencepiece_bpe", 600, TEXTS).save(str(tmp_path / "tokenizer.json"))
+    vocabulary = Vocabulary.from_tokenizer(tmp_path)
+    encoded = vocabulary.encode("☃")
+    assert b"".join(vocabulary.tokens[token] for token in encoded.ids).strip() == "☃".encode()
+    assert sorted(vocabulary.roles.values()) == ["bos", "eos", "unk"]
 
 
 def test_tokens_of_digits_stand_alone() -> None:
@@ -57,8 +68,8 @@ def test_a_made_folder_loads_like_any_model(recipe: ModelRecipe, tmp_path: Path)
     texts = models._texts(recipe, CORPUS)
     make_model(ignore, recipe, texts, tmp_path / recipe.name)
     loaded = load_base(tmp_path / recipe.name, device="cpu")
-    trained = train_tokenizer(recipe.tokenizer, recipe.vocabulary, models._tokenizer_texts(texts))
-    # transformers swaps some architectures' tokenizers for its own on loading: the cut of text must stay the trained one
+    trained = Tokenizer.from_file(str(tmp_path / recipe.name / "tokenizer.json"))
+    # transformers gives some architectures a tokenizer of its own on loading: text must be cut as in training
     assert loaded.vocabulary.encode(TEXTS[0]).ids.tolist() == [0, *trained.encode(TEXTS[0]).ids]
     assert loaded.vocabulary.size == trained.get_vocab_size()
     assert (loaded.vocabulary.bos_id, loaded.vocabulary.eos_id) == (0, 1)

@@ -64,7 +64,10 @@ def test_the_same_installation_gives_the_same_text(corpus: Corpus) -> None:
 
 
 def test_a_corpus_survives_its_file(corpus: Corpus) -> None:
-    assert Corpus.from_json(corpus.to_json()) == corpus
+    again = Corpus.from_json(corpus.to_json())
+    assert again == corpus
+    assert again.digest == corpus.digest
+    assert list(again.private) == ["reference", "numerics"]  # in their own order, not the alphabet's
 
 
 def test_reading_the_text_imports_none_of_the_packages() -> None:

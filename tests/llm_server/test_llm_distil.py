@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from fedmkt.knowledge import Knowledge, decode, encode, quantised
+from fedmkt.knowledge_cut import shared_knowledge
 from fedmkt.ml.adapters import unpack_adapter
 from fedmkt.ml.models import load_base
 from fedmkt.ml.party import Party
-from fedmkt.ml.phases import own_knowledge, private_phase, shared_knowledge
+from fedmkt.ml.phases import own_knowledge, private_phase
 from fedmkt.protocol import (
     DistillationConfig,
     DistillJob,

@@ -17,6 +17,7 @@ from fedmkt.local_server import serve_in_thread
 from fedmkt.protocol import (
     DistillResult,
     Event,
+    JobFailure,
     JobView,
     LlmRegistration,
     MapJob,
@@ -93,10 +94,11 @@ class Plant:
     def build(self, job: JobView, report: Report) -> MapResult:
         """A run that does map jobs as the LLM server does."""
         assert isinstance(job.payload, MapJob)
+        folder = self.folder / f"artifacts of {threading.get_ident()}"  # each server has its own
         with self.client() as client:
             return build_map(
                 job.payload,
-                lambda digest: client.fetch_artifact(digest, self.folder / "artifacts").read_bytes(),
+                lambda digest: client.fetch_artifact(digest, folder).read_bytes(),
                 client.put_artifact,
                 report,
             )
@@ -227,6 +229,17 @@ def test_a_worker_that_lost_its_lease_stops_within_a_step(plant: Plant) -> None:
         with Lease(client, job, StopFlag()) as lease, pytest.raises(JobAbandoned, match=r"attempt 1 of job .* is over"):
             work_until_stopped(lease)
         assert lease.progress.done < 400
+
+
+def test_a_job_that_nobody_waits_for_any_more_is_dropped(plant: Plant) -> None:
+    """As when an operator cancels the round: the coordinator ends the job, and the next heartbeat says so."""
+    federation_id = plant.map_jobs()
+    until(lambda: len(plant.job_events(federation_id, "queued")) == 2)
+    with plant.client() as client:
+        job = client.claim(str(plant.job_events(federation_id, "queued")[0].data["job_id"]))
+        client.fail_job(job.job_id, JobFailure(attempt=1, reason="the round was ended", retry=False))
+        with Lease(client, job, StopFlag()) as lease, pytest.raises(JobAbandoned, match="cancelled"):
+            work_until_stopped(lease)
 
 
 def work_until_stopped(lease: Lease) -> None:

@@ -5,6 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from fedmkt.settings import read_settings
+from fedmkt_client_agent.settings import Settings
+
 app = typer.Typer(help="Run the agent of one site: private text stays here, knowledge of the public set is shared.")
 
 
@@ -39,8 +42,6 @@ def agent(
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING, ERROR [FEDMKT_LOG_LEVEL, INFO]")] = None,
 ) -> None:
     """Enrol once, then take part in every round. SIGTERM ends it between two steps; nothing done is done again."""
-    from fedmkt_client_agent.main import run  # torch and transformers: seconds that --help need not cost
-
     given: dict[str, Any] = {
         "coordinator_url": coordinator,
         "enrolment_token_file": enrolment_token_file,
@@ -56,4 +57,7 @@ def agent(
         "log_style": log_style,
         "log_level": log_level,
     }
-    raise typer.Exit(run({name: value for name, value in given.items() if value is not None}))
+    settings = read_settings(Settings, given)
+    from fedmkt_client_agent.main import run  # torch and transformers: seconds that a wrong setting need not cost
+
+    raise typer.Exit(run(settings))

@@ -1,15 +1,12 @@
-"""Builds everything the agent needs, once, and runs it. The exit status: 0 stopped, 1 cannot go on, 2 bad settings."""
+"""Builds everything the agent needs, once, and runs it. The exit status: 0 stopped, 1 cannot go on."""
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pydantic import ValidationError
-
-from fedmkt.client import CoordinatorClient, CoordinatorUnreachable, SiteKey
+from fedmkt.client import CoordinatorClient, CoordinatorUnreachable, RetryPolicy, SiteKey
 from fedmkt.errors import Refusal
 from fedmkt.local_server import serve_in_thread
 from fedmkt.logs import configure_logs
@@ -30,18 +27,14 @@ from fedmkt_client_agent.store import AgentState, AgentStore, write_atomically
 
 log = logging.getLogger(__name__)
 
+# Within one request; after that the agent shows that the coordinator is away, and goes on asking.
+RETRY = RetryPolicy(patience_s=30.0)
+
 Answer = TypeVar("Answer")
 
 
-def run(options: dict[str, Any]) -> int:
-    """Settings from the environment, `options` over them; then the agent until a signal."""
-    try:
-        settings = Settings(**options)
-    except ValidationError as error:
-        for each in error.errors():
-            name = ".".join(str(part) for part in each["loc"]) or "settings"
-            print(f"{name}: {each['msg']} (option, or FEDMKT_{name.upper()})", file=sys.stderr)
-        return 2
+def run(settings: Settings) -> int:
+    """The program until a signal; its exit status."""
     configure_logs("agent", level=settings.log_level, style=settings.log_style)
     stop = StopFlag()
     stop.listen()
@@ -75,8 +68,10 @@ def _status_pages(settings: Settings, store: AgentStore, status: Status) -> Iter
         address = {"host": settings.status_host, "port": port}
         write_atomically(store.status_file, json.dumps(address).encode())
         log.info("status.listening", extra=address)
-        yield
-    store.status_file.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            store.status_file.unlink(missing_ok=True)
 
 
 def prepare(stack: ExitStack, settings: Settings, store: AgentStore, status: Status, stop: StopFlag) -> Site:
@@ -90,7 +85,7 @@ def prepare(stack: ExitStack, settings: Settings, store: AgentStore, status: Sta
     assert state.site_id is not None
     key = load_key(store.key_file)
     client = stack.enter_context(
-        CoordinatorClient(settings.coordinator_url, SiteKey(state.site_id, key), wait=stop.wait)
+        CoordinatorClient(settings.coordinator_url, SiteKey(state.site_id, key), retry=RETRY, wait=stop.wait)
     )
     me = patiently(client.me, status, stop)
     private = read_private_set(
@@ -117,7 +112,7 @@ def prepare(stack: ExitStack, settings: Settings, store: AgentStore, status: Sta
 
 def _enrolled(settings: Settings, store: AgentStore, state: AgentState, status: Status, stop: StopFlag) -> AgentState:
     """The state with a site id. A token file that is named but not there yet is waited for."""
-    with CoordinatorClient(settings.coordinator_url, wait=stop.wait) as client:
+    with CoordinatorClient(settings.coordinator_url, retry=RETRY, wait=stop.wait) as client:
         patiently(client.check_version, status, stop)
         while state.site_id is None and settings.enrolment_token_file is not None and settings.token() is None:
             status.update(state="waiting", reason="the enrolment token's file is not there yet")

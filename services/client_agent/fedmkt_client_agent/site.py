@@ -1,13 +1,12 @@
 """What the tasks of one site work with, built once at the start."""
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmkt.client import CoordinatorClient, Traffic
+from fedmkt.ml.checkpoints import Checkpoints
 from fedmkt.ml.party import Party
 from fedmkt.private_set import PrivateSet
 from fedmkt.protocol import FederationConfig
@@ -83,20 +82,8 @@ class Site:
         self.status.progress(step, done, total)
         self.stop.check()
 
-    def checkpointing(self, save: Callable[[int], None]) -> Callable[[str, int, int], None]:
-        """A progress that calls `save(steps done)` at an interval, and once more before it stops."""
-        return _Checkpoints(self, save)
-
-
-class _Checkpoints:
-    def __init__(self, site: Site, save: Callable[[int], None]) -> None:
-        self._site = site
-        self._save = save
-        self._saved_at = time.monotonic()
-
-    def __call__(self, step: str, done: int, total: int, /) -> None:
-        due = time.monotonic() - self._saved_at >= self._site.checkpoint_s
-        if (due or self._site.stop.is_set) and done < total:
-            self._save(done)
-            self._saved_at = time.monotonic()
-        self._site.progress(step, done, total)
+    def checkpoints(self, phase: str) -> Checkpoints:
+        """Of one training of this round."""
+        return Checkpoints(
+            self.store.checkpoint, f"{self.work.round_id} {phase}", interval_s=self.checkpoint_s, stop=self.stop
+        )

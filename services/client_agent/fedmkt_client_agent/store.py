@@ -3,6 +3,7 @@
     key.pem          Ed25519 key, mode 0600          artifacts/         what was fetched, by digest
     state.json       AgentState, replaced whole      party-<number>/    adapter and optimizer, as last committed
     own.safetensors  the site's wide knowledge of the round being worked on
+    checkpoint.safetensors  a training that was interrupted
 
 `state.json` is the commit point: a party folder counts from the moment the state names it. A process killed anywhere
 finds either the step before or the step after, never half of one.
@@ -41,7 +42,6 @@ class RoundWork(BaseModel):
 
     round_id: str
     before: dict[str, Evaluation] | None = None  # held-out public part, at the round's start
-    steps_done: int = 0  # of the private training, if it was interrupted
     trained: bool = False
     extracted: bool = False
     uploaded: tuple[str, ...] = ()  # kinds whose receipt came
@@ -76,6 +76,7 @@ class AgentStore:
         self.key_file = folder / "key.pem"
         self.artifacts = folder / "artifacts"
         self.own_knowledge = folder / "own.safetensors"
+        self.checkpoint = folder / "checkpoint.safetensors"
         self.status_file = folder / "status.json"
         self._state_file = folder / "state.json"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from fedmkt.client import MAX_ARTIFACT_BYTES
 from fedmkt.knowledge import Knowledge, encode
+from fedmkt.knowledge_cut import shared_knowledge
 from fedmkt.knowledge_file import KnowledgeFileUnreadable, read_knowledge_file, write_knowledge_file
 from fedmkt.lesson import Lesson, Teacher, TeacherSource, prepare_lesson
-from fedmkt.ml.party import Snapshot
 from fedmkt.ml.phases import (
     Applied,
     Clock,
@@ -20,7 +20,6 @@ from fedmkt.ml.phases import (
     private_epochs,
     private_phase,
     public_evaluations,
-    shared_knowledge,
 )
 from fedmkt.ml.training import TrainingDiverged
 from fedmkt.protocol import MAX_KNOWLEDGE_BYTES, MAX_VOCABULARY_BYTES, Apply, ApplyReport, TrainAndUpload
@@ -64,15 +63,8 @@ def apply(site: Site, task: Apply) -> None:
 
 
 def _train(site: Site, plan: RoundPlan) -> None:
-    clock = Clock()
+    clock, checkpoints = Clock(), site.checkpoints("private")
     _evaluate_start(site, plan, clock)
-    saved: Snapshot | None = None
-
-    def checkpoint(steps: int) -> None:
-        nonlocal saved
-        site.commit_party(steps_done=steps)
-        saved = site.party.snapshot()
-
     epochs = private_epochs(site.config, site.state.rounds_trained)
     try:
         with clock.measure("private_training"):
@@ -81,24 +73,20 @@ def _train(site: Site, plan: RoundPlan) -> None:
                 site.private.train,
                 site.config,
                 epochs=epochs,
-                steps_done=site.work.steps_done,
-                progress=site.checkpointing(checkpoint),
+                checkpoints=checkpoints,
+                progress=site.progress,
             )
     except TrainingDiverged as error:
         # The site is back where it was and can still teach and learn; the same training would only diverge again.
         log.warning("private.diverged", extra={"reason": error.detail})
         report = None
-    except BaseException:
-        if saved is not None:  # what the state names since the checkpoint
-            site.party.restore(saved)
-        raise
     site.commit_party(
         state={"rounds_trained": site.state.rounds_trained + 1},
         trained=True,
-        steps_done=0,
         training=() if report is None else (report,),
         seconds=clock.seconds,
     )
+    checkpoints.clear()
     if report is not None:
         log.info("private.trained", extra={"steps": report.steps, "seconds": round(report.seconds, 3)})
 
@@ -143,7 +131,7 @@ def _upload(site: Site, kind: UploadKind, blob: bytes) -> None:
 
 
 def _learn(site: Site, task: Apply, plan: RoundPlan) -> None:
-    clock = Clock()
+    clock, checkpoints = Clock(), site.checkpoints("lesson")
     _evaluate_start(site, plan, clock)
     own = _own_knowledge(site, plan)
     site.progress("fetching the LLM's knowledge", 0, 0)
@@ -159,6 +147,7 @@ def _learn(site: Site, task: Apply, plan: RoundPlan) -> None:
         private_holdout=site.private.holdout,
         averaged=averaged,
         adapter_version=site.state.party_number,
+        checkpoints=checkpoints,
         clock=clock,
         progress=site.progress,
     )
@@ -167,6 +156,7 @@ def _learn(site: Site, task: Apply, plan: RoundPlan) -> None:
         site.commit_party(report=_account(site, applied))
     else:
         site.commit(report=_account(site, applied))
+    checkpoints.clear()
     log.info(
         "round.applied",
         extra={**_fields(site, task), "decision": applied.gate.decision, "taught": applied.selection.taught},

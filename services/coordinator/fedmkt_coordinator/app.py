@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from fastapi import FastAPI
 
 from fedmkt import __version__
+from fedmkt.protocol import Problem
 from fedmkt_coordinator import credentials
 from fedmkt_coordinator.artifacts import ArtifactStore
 from fedmkt_coordinator.context import Context
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 Loop = Callable[[], Awaitable[None]]
 RESTART_LOOP_S = 1.0
+FINISH_S = 10.0
 CANCEL_AGAIN_S = 0.5
 DESCRIPTION = """
 Federated mutual knowledge transfer: one large language model and many small ones teach each other without any private
@@ -53,8 +55,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now, keep_time: bool = 
             context.store.after_commit = announcer.announce
             keeper = Keeper(context, announcer, redis)
             app.state.context, app.state.keeper = context, keeper
-            loops: list[Loop] = [announcer.run, announcer.listen, *([keeper.run] if keep_time else [])]
-            await stack.enter_async_context(_running(loops))
+            await stack.enter_async_context(_running(announcer, keeper, keep_time=keep_time))
             log.info(
                 "coordinator.started", extra={"version": __version__, "redis": without_password(context.redis_url)}
             )
@@ -62,7 +63,13 @@ def create_app(settings: Settings, *, clock: Clock = utc_now, keep_time: bool = 
             context.wakeups.stop()
         log.info("coordinator.stopped")
 
-    app = FastAPI(title="FedMKT coordinator", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="FedMKT coordinator",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        responses={"default": {"model": Problem, "description": "A problem: what is wrong, and what to do"}},
+    )
     install_problems(app)
     for router in routers():
         app.include_router(router)
@@ -106,18 +113,22 @@ async def _open(settings: Settings, clock: Clock, redis: EmbeddedRedis | None, s
 
 
 @asynccontextmanager
-async def _running(loops: list[Loop]) -> AsyncIterator[None]:
-    """Background loops, ended with the block."""
-    tasks = [asyncio.create_task(_kept_alive(loop)) for loop in loops]
+async def _running(announcer: Announcer, keeper: Keeper, *, keep_time: bool) -> AsyncIterator[None]:
+    """The background loops, ended with the block: those that write finish what they do, listening is broken off."""
+    writing = [asyncio.create_task(_kept_alive(loop)) for loop in (announcer.run, keeper.run)[: 1 + keep_time]]
+    listening = asyncio.create_task(_kept_alive(announcer.listen))
     try:
         yield
     finally:
-        await _end(tasks)
+        announcer.stop()
+        keeper.stop()
+        await asyncio.wait(writing, timeout=FINISH_S)
+        await _cancel([*writing, listening])
 
 
-async def _end(tasks: Iterable["asyncio.Task[None]"]) -> None:
-    """Cancel until they are gone: a client that is just connecting may take the first time for a failed attempt."""
-    pending = set(tasks)
+async def _cancel(tasks: Iterable["asyncio.Task[None]"]) -> None:
+    """Until they are gone: a client that is just connecting may take the first time for a failed attempt."""
+    pending = {task for task in tasks if not task.done()}
     while pending:
         for task in pending:
             task.cancel()
@@ -127,7 +138,7 @@ async def _end(tasks: Iterable["asyncio.Task[None]"]) -> None:
 async def _kept_alive(loop: Loop) -> None:
     while True:
         try:
-            await loop()
+            return await loop()
         except Exception:  # the top of a loop that the service cannot do without
             log.exception("coordinator.loop_failed")
             await asyncio.sleep(RESTART_LOOP_S)

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -111,8 +112,9 @@ class ArtifactStore:
         dropped = 0
         async for page in obstore.list(self._store, prefix):
             paths = [each["path"] for each in page if before is None or each["last_modified"] < before]
-            if paths:
-                await obstore.delete_async(self._store, paths)
+            for path in paths:
+                with suppress(FileNotFoundError):  # another request or replica was faster
+                    await obstore.delete_async(self._store, path)
             dropped += len(paths)
         return dropped
 

@@ -6,6 +6,7 @@ Every replica runs one. All it does is conditional and may be done twice.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import timedelta
 
 from fedmkt_coordinator import jobs, rounds, uploads
@@ -27,11 +28,18 @@ class Keeper:
         self._redis = redis
         self._tidied_at = float("-inf")
         self._redis_failing = False
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """`run` ends after the look that it is taking."""
+        self._stopping.set()
 
     async def run(self) -> None:
-        while True:
+        while not self._stopping.is_set():
             await self.tick()
-            await asyncio.sleep(self._context.settings.keeper_interval_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._context.settings.keeper_interval_s):
+                    await self._stopping.wait()
 
     async def tick(self) -> None:
         """One look at everything. A step that fails is logged, and the others are taken all the same."""

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 # Stream of {job_id}. Written here, read by LLM servers as one consumer group; lives until it is flushed, trimmed below.
@@ -41,12 +43,16 @@ class JobQueue:
 
     @classmethod
     def connect(cls, url: str) -> "JobQueue":
-        """Opens no connection yet. Timeouts are short: nothing waits for Redis but background tasks."""
-        return cls(
-            Redis.from_url(
-                url, decode_responses=True, socket_timeout=5, socket_connect_timeout=2, health_check_interval=30
-            )
+        """Opens no connection yet. It gives up soon: the loops that use it come back anyway."""
+        client = Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=5,
+            socket_connect_timeout=2,
+            health_check_interval=30,
+            retry=Retry(NoBackoff(), 1),  # once, for a connection that Redis closed while it lay idle
         )
+        return cls(client)
 
     async def add(self, jobs: Sequence[tuple[str, int]]) -> int:
         """Put (job id, claims so far) into the stream unless it was put there before; returns how many were new."""

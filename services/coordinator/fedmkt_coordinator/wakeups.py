@@ -54,6 +54,12 @@ class Announcer:
         self._wakeups = wakeups
         self._pending = Outbox()
         self._something = asyncio.Event()
+        self._stopping = False
+
+    def stop(self) -> None:
+        """`run` ends once it has told what is pending; nothing is broken off in the middle of a transaction."""
+        self._stopping = True
+        self._something.set()
 
     def announce(self, outbox: Outbox) -> None:
         for federation_id in outbox.federations:
@@ -72,7 +78,7 @@ class Announcer:
                 log.info("jobs.published", extra={"jobs": added})
 
     async def run(self) -> None:
-        while True:
+        while not self._stopping:
             await self._something.wait()
             self._something.clear()
             pending, self._pending = self._pending, Outbox()

@@ -5,6 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from fedmkt.settings import read_settings
+from fedmkt_llm_server.settings import Settings
+
 app = typer.Typer(help="Run the LLM server: it distils the sites' knowledge into the LLM and builds vocabulary maps.")
 
 
@@ -34,8 +37,6 @@ def llm_server(
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING, ERROR [FEDMKT_LOG_LEVEL, INFO]")] = None,
 ) -> None:
     """Serve every federation of the coordinator with one LLM. SIGTERM ends it between two steps of a job."""
-    from fedmkt_llm_server.main import run  # torch and transformers: seconds that --help need not cost
-
     given: dict[str, Any] = {
         "coordinator_url": coordinator,
         "model": model,
@@ -50,4 +51,7 @@ def llm_server(
         "log_style": log_style,
         "log_level": log_level,
     }
-    raise typer.Exit(run({name: value for name, value in given.items() if value is not None}))
+    settings = read_settings(Settings, given)
+    from fedmkt_llm_server.main import run  # torch and transformers: seconds that a wrong setting need not cost
+
+    raise typer.Exit(run(settings))

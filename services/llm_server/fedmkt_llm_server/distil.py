@@ -2,14 +2,16 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
 from fedmkt.errors import Refusal
 from fedmkt.knowledge import Knowledge, encode
+from fedmkt.knowledge_cut import shared_knowledge
 from fedmkt.lesson import Lesson, Teacher, TeacherSource, prepare_lesson
 from fedmkt.ml.adapters import average_adapters
+from fedmkt.ml.checkpoints import Checkpoints
 from fedmkt.ml.party import Party
 from fedmkt.ml.phases import (
     Clock,
@@ -17,12 +19,12 @@ from fedmkt.ml.phases import (
     distil_phase,
     own_knowledge,
     public_evaluations,
-    shared_knowledge,
     undone_on_error,
 )
 from fedmkt.protocol import DistillJob, DistillResult, SelectionReport, UploadedKnowledge
 from fedmkt.public_set import PublicSet
 from fedmkt.round_plan import RoundPlan
+from fedmkt.stopping import StopFlag
 from fedmkt.teachers import needed_map, read_teacher, read_vocabulary
 from fedmkt.vocabulary import Vocabulary
 from fedmkt_llm_server.llm import Llm
@@ -44,6 +46,8 @@ class Desk:
     state: LlmState
     fetch: Callable[[str], Path]
     publish: Callable[[bytes], str]
+    checkpoint_s: float = 300.0
+    stop: StopFlag = field(default_factory=StopFlag)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def distil(job: DistillJob, desk: Desk, report: Report) -> DistillResult:
         own = desk.state.own_knowledge(job.round_id, party.card.model_id, lambda: _own(party, plan, report))
     with undone_on_error(party):  # what is not published did not happen
         if job.config.llm_training:
-            outcome = _learn(job, plan, party, own, sources, clock, report)
+            outcome = _learn(job, plan, party, own, sources, desk, clock, report)
         else:
             outcome = _Outcome(SelectionReport(), {}, None)
         with clock.measure("publish"):
@@ -133,10 +137,17 @@ def _learn(
     party: Party,
     own: Knowledge,
     sources: list[TeacherSource],
+    desk: Desk,
     clock: Clock,
     report: Report,
 ) -> _Outcome:
     refused: dict[str, str] = {}
+    checkpoints = Checkpoints(
+        desk.state.checkpoint_file(job.round_id),
+        f"{job.round_id} {job.adapter}",
+        interval_s=desk.checkpoint_s,
+        stop=desk.stop,
+    )
 
     def teach(knowledge: Knowledge) -> Lesson:
         lesson = prepare_lesson(
@@ -153,7 +164,7 @@ def _learn(
             log.warning("knowledge.refused", extra={"round_id": job.round_id, "site": site, "reason": reason})
         return lesson
 
-    distilled = distil_phase(party, plan, own, teach, clock=clock, progress=report)
+    distilled = distil_phase(party, plan, own, teach, checkpoints=checkpoints, clock=clock, progress=report)
     return _Outcome(distilled.selection, refused, distilled)
 
 

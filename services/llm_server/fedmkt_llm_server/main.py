@@ -1,17 +1,13 @@
-"""Builds everything the LLM server needs, once, and runs it. Exit status: 0 stopped, 1 cannot go on, 2 bad settings."""
+"""Builds everything the LLM server needs, once, and runs it. Exit status: 0 stopped, 1 cannot go on."""
 
 import json
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
-
-from pydantic import ValidationError
 
 from fedmkt.client import CoordinatorClient, CoordinatorUnreachable, RetryPolicy, StaticToken
 from fedmkt.errors import Refusal
@@ -37,15 +33,8 @@ HEARTBEAT_RETRY = RetryPolicy(first_wait_s=0.1, max_wait_s=1.0, patience_s=4.0)
 HEARTBEAT_TIMEOUT_S = 5.0
 
 
-def run(options: dict[str, Any]) -> int:
-    """Settings from the environment, `options` over them; then the server until a signal."""
-    try:
-        settings = Settings(**options)
-    except ValidationError as error:
-        for each in error.errors():
-            name = ".".join(str(part) for part in each["loc"]) or "settings"
-            print(f"{name}: {each['msg']} (option, or FEDMKT_{name.upper()})", file=sys.stderr)
-        return 2
+def run(settings: Settings) -> int:
+    """The program until a signal; its exit status."""
     configure_logs("llm-server", level=settings.log_level, style=settings.log_style)
     stop = StopFlag()
     stop.listen()
@@ -76,7 +65,14 @@ def serve(settings: Settings, stop: StopFlag) -> None:
             target=registrar.run, args=(settings.registration_interval_s,), name="registrar", daemon=True
         )
         thread.start()
-        desk = Desk(llm, state, lambda digest: client.fetch_artifact(digest, state.artifacts), client.put_artifact)
+        desk = Desk(
+            llm,
+            state,
+            fetch=lambda digest: client.fetch_artifact(digest, state.artifacts),
+            publish=client.put_artifact,
+            checkpoint_s=settings.checkpoint_s,
+            stop=stop,
+        )
         Worker(
             client,
             heartbeats,
@@ -110,8 +106,10 @@ def _status_pages(settings: Settings, pages: _Pages) -> Iterator[None]:
         address = {"host": settings.status_host, "port": port}
         file.write_text(json.dumps(address))
         log.info("status.listening", extra=address)
-        yield
-    file.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def _clients(stack: ExitStack, settings: Settings, stop: StopFlag) -> tuple[CoordinatorClient, CoordinatorClient]:

@@ -23,6 +23,7 @@ class Settings(BaseSettings):
     gradient_checkpointing: bool = Field(default=False, description="less memory, a third more time")
     torch_threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 leaves torch's own choice")
 
+    checkpoint_s: float = Field(default=300.0, gt=0, description="longest training that a kill can cost")
     state_dir: Path = Field(default=Path("fedmkt-llm-server"), description="optimizer states, caches")
     status_host: str = "127.0.0.1"
     status_port: int | None = Field(default=None, ge=0, le=65535, description="status pages; 0 chooses, none if unset")

@@ -57,6 +57,9 @@ class LlmState:
         _keep_newest(self._jobs, KEPT_JOBS)
         return made
 
+    def checkpoint_file(self, round_id: str) -> Path:
+        return self._jobs / round_id / "checkpoint.safetensors"
+
     def end_job(self, round_id: str, artifacts: list[str]) -> None:
         """The job is done: its own files go, and the artifacts that were fetched for it alone."""
         shutil.rmtree(self._jobs / round_id, ignore_errors=True)

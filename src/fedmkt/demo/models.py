@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from fedmkt.demo.texts import Corpus
 from fedmkt.demo.vocabularies import TokenizerKind, as_transformers, train_tokenizer
@@ -26,6 +27,8 @@ FORMAT = 1  # grows when the same recipe would give other models
 POSITIONS = 1024
 WARMUP_STEPS = 20
 FLAT_SHARE = 0.4  # of the steps at the full rate; then it falls in a straight line to zero
+LLM_DOMAIN_CHUNKS = 100  # it knows a little of everything, and less of each domain than the site that works there
+SITE_DOMAIN_CHUNKS = 300
 TOKENIZER_CHUNKS = 3000  # of general text; more changes little and costs seconds
 
 Settings = dict[str, int | float | bool]
@@ -42,6 +45,7 @@ class ModelRecipe:
     vocabulary: int
     steps: int
     domains: tuple[str, ...]  # whose pre-training parts it sees beside the general text
+    domain_chunks: int  # of each of them
     batch_size: int = 16
     adamw_rate: float = 5e-3  # embeddings, norms and biases
     muon_rate: float = 1e-2  # matrices
@@ -85,11 +89,14 @@ def default_recipes(domains: Sequence[str], *, llm_steps: int = 350, site_steps:
         vocabulary=2000,
         steps=llm_steps,
         domains=tuple(domains),
+        domain_chunks=LLM_DOMAIN_CHUNKS,
     )
     sites = {}
     for number, domain in enumerate(domains):
         architecture, settings, tokenizer, size = SITE_KINDS[number % len(SITE_KINDS)]
-        sites[domain] = ModelRecipe(domain, architecture, settings, tokenizer, size, site_steps, (domain,))
+        sites[domain] = ModelRecipe(
+            domain, architecture, settings, tokenizer, size, site_steps, (domain,), SITE_DOMAIN_CHUNKS
+        )
     return Recipes(llm, sites)
 
 
@@ -127,6 +134,7 @@ def ensure_models(
 def make_model(progress: Progress, recipe: ModelRecipe, texts: Sequence[str], folder: Path) -> None:
     """Train one tokenizer and one model, and put the finished folder in its place in one step."""
     torch.set_num_threads(1)
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own gap; saving takes a moment
     tokenizer = train_tokenizer(recipe.tokenizer, recipe.vocabulary, _tokenizer_texts(texts))
     model = build_model(recipe, tokenizer.get_vocab_size())
     pretrain(progress, model, [[0, *e.ids] for e in tokenizer.encode_batch(texts)], recipe)
@@ -142,7 +150,8 @@ def make_model(progress: Progress, recipe: ModelRecipe, texts: Sequence[str], fo
 
 def _texts(recipe: ModelRecipe, corpus: Corpus) -> tuple[str, ...]:
     """Domain text last, so that the tokenizer's share can be cut from either end."""
-    return corpus.general + tuple(text for domain in recipe.domains for text in corpus.pretraining[domain])
+    chunks = recipe.domain_chunks
+    return corpus.general + tuple(text for domain in recipe.domains for text in corpus.pretraining[domain][:chunks])
 
 
 def _tokenizer_texts(texts: Sequence[str]) -> Sequence[str]:

@@ -35,7 +35,12 @@ READY_S = 300.0  # for the first round to begin
 ANSWER_S = 0.5  # of a status page
 POLL_S = 1.0
 # On one machine nothing is gained by waiting: short leases, sweeps and polls, so that a dead process is missed soon.
-QUICK = {"FEDMKT_LEASE_S": "10", "FEDMKT_KEEPER_INTERVAL_S": "0.2", "FEDMKT_POLL_RECHECK_S": "0.3", "FEDMKT_POLL_S": "5"}
+QUICK = {
+    "FEDMKT_LEASE_S": "10",
+    "FEDMKT_KEEPER_INTERVAL_S": "0.2",
+    "FEDMKT_POLL_RECHECK_S": "0.3",
+    "FEDMKT_POLL_S": "5",
+}
 WORKERS = 2  # control arms at a time
 PRIVATE_HOLDOUT_SHARE = 0.1
 FAILED, INTERRUPTED = 1, 130

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fedmkt.demo.models import default_recipes, ensure_models
+from fedmkt.demo.models import SITE_DOMAIN_CHUNKS, default_recipes, ensure_models
 from fedmkt.demo.texts import DOMAINS, GENERAL, Corpus, build_corpus, private_jsonl, public_jsonl
 from fedmkt.errors import Refusal
 from fedmkt.protocol import (
@@ -21,11 +21,11 @@ from fedmkt.protocol import (
     Schedule,
 )
 
-PRIVATE_CHUNKS = 800
+PRIVATE_CHUNKS = 1000
 SLICE_CHUNKS = 32  # of each domain, in each round's slice
 HOLDOUT_CHUNKS = 48  # of each domain
-PUBLIC_CHUNKS = 220  # of each domain, at most; more rounds share them in smaller slices
-PRETRAINING_CHUNKS = 300
+PUBLIC_CHUNKS = 216  # of each domain, at most; more rounds share them in smaller slices
+PRETRAINING_CHUNKS = SITE_DOMAIN_CHUNKS
 HOLDOUT_SHARE = 0.1  # of a user's own public set
 TIMEOUT_S = 600.0  # of each state of a round
 OWN_RATE = 1e-3  # LoRA, for models that the user brings

@@ -1,5 +1,6 @@
 """Tokenizers of different families and sizes, trained on the demo's text."""
 
+import json
 from collections.abc import Sequence
 from typing import Literal
 
@@ -72,12 +73,21 @@ def _sentencepiece_bpe(size: int, texts: Sequence[str]) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[BOS, EOS, UNKNOWN, *fallback],
+        vocab_size=size - 256,
+        special_tokens=[BOS, EOS, UNKNOWN],
         limit_alphabet=SPM_ALPHABET,
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return _with_bytes(tokenizer)
+
+
+def _with_bytes(tokenizer: Tokenizer) -> Tokenizer:
+    """The same with the 256 byte tokens at the end: ordinary ones, which a trainer can only add as special ones."""
+    content = json.loads(tokenizer.to_str())
+    vocabulary: dict[str, int] = content["model"]["vocab"]
+    first = len(vocabulary)
+    vocabulary |= {f"<0x{byte:02X}>": first + byte for byte in range(256)}
+    made: Tokenizer = Tokenizer.from_str(json.dumps(content))
+    return made

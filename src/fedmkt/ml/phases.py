@@ -10,13 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fedmkt.errors import Refusal
-from fedmkt.knowledge import Knowledge, KnowledgeHeader
-from fedmkt.knowledge_data import row_blocks
+from fedmkt.knowledge import Knowledge
 from fedmkt.lesson import Lesson
+from fedmkt.ml.checkpoints import Checkpoints
 from fedmkt.ml.evaluation import ALL, EvaluationNotFinite, evaluate
 from fedmkt.ml.extraction import WIDE_TOP_K, WIDE_TOP_P, extract
 from fedmkt.ml.party import Party
@@ -26,7 +23,6 @@ from fedmkt.protocol import (
     FederationConfig,
     GateConfig,
     GateReport,
-    KnowledgeConfig,
     OptimizerConfig,
     SelectionReport,
     TrainingReport,
@@ -88,7 +84,7 @@ def _evaluated(
 def own_knowledge(party: Party, plan: RoundPlan, *, adapter_version: int, progress: Progress = silent) -> Knowledge:
     """The party's wide knowledge on the round's samples with its present weights: for itself, never sent.
 
-    At least as wide as what is shared, so that `shared_knowledge` needs no second pass through the model.
+    At least as wide as what is shared, so that `knowledge_cut.shared_knowledge` needs no second pass through the model.
     """
     return extract(
         party,
@@ -103,41 +99,6 @@ def own_knowledge(party: Party, plan: RoundPlan, *, adapter_version: int, progre
         max_tokens=plan.max_tokens,
         progress=lambda done, total: progress("making knowledge", done, total),
     )
-
-
-def shared_knowledge(own: Knowledge, config: KnowledgeConfig) -> Knowledge:
-    """What a party sends of its own knowledge: in each row the fewest of the `top_k` most probable tokens that reach
-    `top_p`, one at least. The same rows and log-probabilities; ties go to the smaller id.
-    """
-    kept = np.concatenate([_cut(own, rows, config.top_k, config.top_p) for rows in row_blocks(own.entry_splits)])
-    counts = np.add.reduceat(kept, own.entry_splits[:-1], dtype=np.int64)
-    settings = {"top_k": config.top_k, "top_p": config.top_p, "max_tokens": config.max_tokens}
-    return Knowledge(
-        header=KnowledgeHeader(**{**vars(own.header), **settings}),
-        samples=own.samples,
-        row_splits=own.row_splits,
-        context_ends=own.context_ends,
-        gold_logprobs=own.gold_logprobs,
-        entry_splits=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-        token_ids=own.token_ids[kept],
-        logprobs=own.logprobs[kept],
-    )
-
-
-def _cut(own: Knowledge, rows: slice, top_k: int, top_p: float) -> NDArray[np.bool_]:
-    """Which entries of a run of rows are shared, bool [entries of these rows]."""
-    splits = own.entry_splits[rows.start : rows.stop + 1].astype(np.int64)
-    entries, starts = slice(int(splits[0]), int(splits[-1])), splits[:-1] - splits[0]
-    counts = np.diff(splits)
-    row = np.repeat(np.arange(len(counts)), counts)
-    order = np.lexsort((own.token_ids[entries], -own.logprobs[entries], row))  # rows in place, largest first in each
-    rank = np.arange(len(row)) - np.repeat(starts, counts)
-    probs = np.exp(own.logprobs[entries][order].astype(np.float64))
-    above = np.cumsum(probs) - probs  # mass of everything before, from which the rows before are taken off
-    above -= np.repeat(above[starts], counts)
-    kept = np.zeros(len(row), dtype=bool)
-    kept[order] = (rank < top_k) & ((above < top_p) | (rank == 0))
-    return kept
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -160,10 +121,10 @@ def private_phase(
     config: FederationConfig,
     *,
     epochs: float,
-    steps_done: int = 0,
+    checkpoints: Checkpoints | None = None,
     progress: Progress = silent,
 ) -> TrainingReport | None:
-    """Train on a site's own samples; None when `epochs` is 0. `steps_done` as in `train_private`.
+    """Train on a site's own samples; None when `epochs` is 0. With `checkpoints`, an interrupted one is taken up.
 
     Raises TrainingDiverged, among others; the party is then as it was.
     """
@@ -177,9 +138,22 @@ def private_phase(
             epochs=epochs,
             seed=config.seed,
             max_tokens=config.knowledge.max_tokens,
-            steps_done=steps_done,
-            progress=lambda done, total, loss: progress("training on private text", done, total),
+            steps_done=0 if checkpoints is None else checkpoints.resume(party),
+            progress=_stepwise(party, "training on private text", checkpoints, progress),
         )
+
+
+def _stepwise(
+    party: Party, step: str, checkpoints: Checkpoints | None, progress: Progress
+) -> Callable[[int, int, float], None]:
+    """What a training calls after each of its steps: first save, then tell, since telling may end it."""
+
+    def after(done: int, total: int, loss_nats: float) -> None:
+        if checkpoints is not None:
+            checkpoints.offer(party, done, total)
+        progress(step, done, total)
+
+    return after
 
 
 def private_epochs(config: FederationConfig, rounds_trained: int) -> float:
@@ -211,7 +185,7 @@ def _learn(
     lesson: Lesson,
     optimizer: OptimizerConfig,
     replay: Sequence[PublicSample] | None,
-    steps_done: int,
+    checkpoints: Checkpoints | None,
     progress: Progress,
 ) -> TrainingReport:
     distillation = plan.config.distillation
@@ -228,8 +202,8 @@ def _learn(
         max_tokens=plan.max_tokens,
         replay=replay,
         public_weight=plan.config.private.public_weight,
-        steps_done=steps_done,
-        progress=lambda done, total, loss: progress("learning from the others", done, total),
+        steps_done=0 if checkpoints is None else checkpoints.resume(party),
+        progress=_stepwise(party, "learning from the others", checkpoints, progress),
     )
 
 
@@ -256,6 +230,7 @@ def apply_phase(
     private_holdout: Sequence[PublicSample],
     averaged: bytes | None = None,
     adapter_version: int = 0,
+    checkpoints: Checkpoints | None = None,
     clock: Clock | None = None,
     progress: Progress = silent,
 ) -> Applied:
@@ -280,7 +255,7 @@ def apply_phase(
         training, after = None, before
         try:
             with clock.measure("train"):
-                training = _learn(party, plan, lesson, plan.config.site_optimizer, private, 0, progress)
+                training = _learn(party, plan, lesson, plan.config.site_optimizer, private, checkpoints, progress)
             with clock.measure("evaluate"):
                 after = _evaluated(party, private_holdout, plan, "evaluating on held-out private text", progress)
             decision = gate(before, after, plan.config.gate)
@@ -318,6 +293,7 @@ def distil_phase(
     own: Knowledge,
     teach: Teach,
     *,
+    checkpoints: Checkpoints | None = None,
     clock: Clock | None = None,
     progress: Progress = silent,
 ) -> Distilled:
@@ -336,7 +312,7 @@ def distil_phase(
         training, after, decision = None, before, None
         try:
             with clock.measure("train"):
-                training = _learn(party, plan, lesson, plan.config.llm_optimizer, None, 0, progress)
+                training = _learn(party, plan, lesson, plan.config.llm_optimizer, None, checkpoints, progress)
             with clock.measure("evaluate"):
                 after = public_evaluations(party, plan, progress)
             if before:

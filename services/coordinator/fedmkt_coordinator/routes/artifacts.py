@@ -12,6 +12,7 @@ from fedmkt_coordinator.artifacts import ArtifactUnknown
 from fedmkt_coordinator.context import Context, Ctx
 from fedmkt_coordinator.problems import problem_response
 from fedmkt_coordinator.routes.conditional import matches
+from fedmkt_coordinator.routes.raw import raw_body
 from fedmkt_coordinator.security import Downloader, Principal, Uploader
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
@@ -56,7 +57,12 @@ async def read(context: Ctx, principal: Downloader, digest: Sha256, request: Req
     )
 
 
-@router.put("/{digest}", dependencies=[Uploader], summary="Store an artifact")
+@router.put(
+    "/{digest}",
+    dependencies=[Uploader],
+    summary="Store an artifact",
+    openapi_extra=raw_body("application/octet-stream", "bytes with that SHA-256"),
+)
 async def write(context: Ctx, digest: Sha256, request: Request) -> ArtifactReceipt:
     """The bytes must have the SHA-256 that the address names."""
     size = await context.artifacts.put_stream(digest, request.stream())

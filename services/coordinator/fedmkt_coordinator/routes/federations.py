@@ -16,6 +16,7 @@ from fedmkt_coordinator import federations
 from fedmkt_coordinator.context import Ctx
 from fedmkt_coordinator.routes.conditional import conditional
 from fedmkt_coordinator.routes.paging import Cursor, Limit, number
+from fedmkt_coordinator.routes.raw import raw_body
 from fedmkt_coordinator.security import Operator, Reader, Worker
 from fedmkt_coordinator.views import adapter_view, federation_view
 
@@ -46,7 +47,12 @@ async def read(context: Ctx, request: Request, federation_id: str) -> Response:
     return conditional(request, await _view(context, federation_id))
 
 
-@router.put("/{federation_id}/public-set", dependencies=[Operator], summary="Upload the public set as JSONL")
+@router.put(
+    "/{federation_id}/public-set",
+    dependencies=[Operator],
+    summary="Upload the public set as JSONL",
+    openapi_extra=raw_body("application/jsonl", "one sample a line"),
+)
 async def put_public_set(context: Ctx, request: Request, federation_id: str) -> PublicSetReceipt:
     """Lines of `{id, prompt, completion}`, `{id, text}` or `{id, messages}`. Fixed once a round has begun."""
     source = await request.body()

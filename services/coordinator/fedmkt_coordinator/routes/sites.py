@@ -20,6 +20,7 @@ from fedmkt.protocol import (
 from fedmkt_coordinator import enrolment, federations, tasks
 from fedmkt_coordinator.context import Ctx
 from fedmkt_coordinator.routes.conditional import conditional
+from fedmkt_coordinator.routes.raw import raw_body
 from fedmkt_coordinator.security import Anyone, Operator, Site
 from fedmkt_coordinator.views import site_self
 
@@ -67,7 +68,9 @@ async def me(context: Ctx, site: Site, request: Request) -> Response:
         return conditional(request, await site_self(tx, site))
 
 
-@router.put("/me/vocabulary", summary="Send the vocabulary")
+@router.put(
+    "/me/vocabulary", summary="Send the vocabulary", openapi_extra=raw_body("application/json", "Vocabulary.to_bytes()")
+)
 async def put_vocabulary(context: Ctx, site: Site, request: Request) -> VocabularyReceipt:
     """The bytes of `Vocabulary.to_bytes()`. Maps to and from the LLM's vocabulary are built next."""
     return await federations.put_vocabulary(context.store, context.artifacts, site, await request.body())

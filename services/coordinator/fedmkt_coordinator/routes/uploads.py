@@ -5,6 +5,7 @@ from fastapi import APIRouter, Request
 from fedmkt.protocol import Manifest, UploadReceipt, UploadState
 from fedmkt_coordinator import acceptance, uploads
 from fedmkt_coordinator.context import Ctx
+from fedmkt_coordinator.routes.raw import raw_body
 from fedmkt_coordinator.security import Site
 
 router = APIRouter(prefix="/v1/uploads", tags=["knowledge"])
@@ -26,7 +27,11 @@ async def abandon(context: Ctx, site: Site, upload_id: str) -> None:
     await uploads.abandon(context.desk, site, upload_id)
 
 
-@router.put("/{upload_id}/chunks/{index}", summary="Send one chunk")
+@router.put(
+    "/{upload_id}/chunks/{index}",
+    summary="Send one chunk",
+    openapi_extra=raw_body("application/octet-stream", "the bytes that the manifest announced"),
+)
 async def put_chunk(context: Ctx, site: Site, upload_id: str, index: int, request: Request) -> UploadState:
     """In any order, any number of times."""
     return await uploads.put_chunk(context.desk, site, upload_id, index, await request.body())
