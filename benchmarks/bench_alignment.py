@@ -71,7 +71,7 @@ def bench_row_alignment_growth(paired: Paired, characters: int) -> None:
         None,
         size=f"{student.rows:,} tokens",
         rounds=9,
-        growth=Growth("row alignment, seconds over tokens of a set", student.rows, at_most(1.1)),
+        growth=Growth("row alignment, seconds over tokens of a set", student.rows, at_most(1.2)),
     )
 
 

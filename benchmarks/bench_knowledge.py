@@ -110,6 +110,11 @@ class Source:
     texts: list[str]
 
 
+def _demo() -> Source:
+    model = demo_llm()
+    return Source(model.folder, list(model.texts))
+
+
 def _real(name: str) -> Source:
     folder = data.data_folder()
     if folder is None:
@@ -119,8 +124,7 @@ def _real(name: str) -> Source:
 
 @pytest.mark.parametrize("name", [*REAL_MODELS, "demo LLM"])
 def bench_blob_size_at_the_defaults(results: Results, name: str) -> None:
-    model = demo_llm()
-    source = Source(model.folder, list(model.texts)) if name == "demo LLM" else _real(name)
+    source = _demo() if name == "demo LLM" else _real(name)
     knowledge = _extracted(source)
     blob = encode(knowledge)
     results.add(

@@ -12,7 +12,7 @@ from fedmkt.edit_distance import token_text
 from fedmkt.vocab_map import build_vocab_map, prefix_relation
 from fedmkt.vocabulary import Vocabulary
 
-SAMPLE = 16  # teacher tokens that the loops are timed on; each costs about the same, so the time is scaled to all
+SAMPLE = 32  # teacher tokens that the loops are timed on; each costs about the same, so the time is scaled to all
 GROWTH_SIZES = (12_500, 25_000, 50_000)
 
 

@@ -25,6 +25,7 @@ from fedmkt.alignment import (
     tokenize_set,
 )
 from fedmkt.knowledge import Knowledge, KnowledgeHeader
+from fedmkt.projection import Entries, through_buckets
 from fedmkt.public_set import PublicSample, PublicSet
 from fedmkt.vocab_map import PrefixRelation, VocabMap, build_vocab_map, prefix_relation
 from fedmkt.vocabulary import Vocabulary
@@ -375,6 +376,15 @@ def test_prefix_buckets_spread_by_the_students_own_probabilities() -> None:
     # "th" is spread over "the" and "that" 3:1; no kept token starts with "q", so the map takes it
     assert as_rows(targets) == [close({1: 0.375, 2: 0.125, 3: 0.2, 4: 0.1})]
     assert targets.residual.tolist() == [pytest.approx(0.2)]
+
+
+def test_teacher_ids_with_equal_low_bits_are_told_apart_in_buckets() -> None:
+    entries = Entries(np.array([0, 0]), np.array([3, 1027]), np.array([0.5, 0.3]))
+    own = Entries(np.array([0, 0]), np.array([0, 1]), np.array([0.6, 0.2]))
+    # student token 0 starts with teacher token 1027, token 1 with 2051, which nobody kept
+    given, filled = through_buckets(entries, own, ints([0, 1, 2]), ints([1027, 2051]), 4096)
+    assert (given.id.tolist(), given.mass.tolist(), given.entry.tolist()) == ([0], [0.3], [1])
+    assert filled.tolist() == [False, True]
 
 
 def test_the_chain_rule_holds_under_prefix_buckets() -> None:

@@ -40,7 +40,7 @@ from fedmkt.protocol import (
     PublicSetConfig,
 )
 from fedmkt.public_set import PublicSet
-from fedmkt.round_plan import RoundPlan
+from fedmkt.round_plan import NoSuchSlice, RoundPlan
 from fedmkt.stopping import StopFlag
 from live_coordinator import stories, tiny_config
 from tiny_models import POSITIONS, save_tiny
@@ -126,6 +126,12 @@ def test_the_papers_profile_uses_all_that_is_not_held_out() -> None:
     slices = PUBLIC.parts(2, 0.2).slices
     assert paper.samples == tuple(sorted(slices[0] + slices[1]))
     assert len(paper.samples) == 32
+
+
+@pytest.mark.parametrize("slice_index", [-1, 2])
+def test_a_slice_that_does_not_exist_is_refused(slice_index: int) -> None:
+    with pytest.raises(NoSuchSlice, match=f"slice {slice_index} of a public set that is cut into 2"):
+        RoundPlan("fed_0123456789abcdef", 1, slice_index, tiny_config(("north",)), PUBLIC)
 
 
 def test_a_site_trains_longer_before_its_first_upload() -> None:

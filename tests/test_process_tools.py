@@ -3,19 +3,24 @@
 import io
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.synchronize import Event
+from pathlib import Path
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from fedmkt.errors import Refusal
 from fedmkt.local_server import LocalServerFailed, serve_in_thread
 from fedmkt.logs import configure_logs
+from fedmkt.service import StateInUse, locked, run_service, status_pages
 from fedmkt.stopping import StopFlag, Stopped
 
 # -------------------------------------------------------------------------------------------------------------- logs
@@ -159,3 +164,61 @@ def test_an_application_that_does_not_start_is_an_error() -> None:
 
     with pytest.raises(LocalServerFailed), serve_in_thread(broken):
         raise AssertionError("never reached")
+
+
+# ----------------------------------------------------------------------------------------------------------- service
+
+
+class Hopeless(Refusal):
+    code = "test.hopeless"
+
+
+@pytest.mark.usefixtures("root_logger", "signals")
+def test_a_service_that_is_stopped_has_done_well_and_one_that_cannot_go_on_says_why(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(stop: StopFlag) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.wait(30)
+
+    def hopeless(stop: StopFlag) -> None:
+        raise Hopeless("3 is not 4, give 4")
+
+    assert run_service("tester", stopped, log_level="INFO", log_style="json") == 0
+    assert run_service("tester", hopeless, log_level="INFO", log_style="json") == 1
+    line = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert (line["event"], line["code"], line["reason"]) == (
+        "service.cannot_go_on",
+        "test.hopeless",
+        "3 is not 4, give 4",
+    )
+
+
+def test_status_pages_leave_their_address_for_as_long_as_they_listen(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "status.json"
+    with status_pages(FastAPI(), "127.0.0.1", 0, file):
+        address = json.loads(file.read_text())
+        assert httpx.get(f"http://{address['host']}:{address['port']}/").status_code == 404
+    assert not file.exists()
+    with status_pages(FastAPI(), "127.0.0.1", None, file):
+        assert not file.exists()
+
+
+def _hold(folder: Path, done: "Event", held: "Event") -> None:
+    with locked(folder):
+        held.set()
+        done.wait(30)
+
+
+def test_two_processes_cannot_share_a_state_folder(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    done, held = spawn.Event(), spawn.Event()
+    other = spawn.Process(target=_hold, args=(tmp_path / "agent", done, held))
+    other.start()
+    assert held.wait(30)
+    with pytest.raises(StateInUse, match="another process works in agent"), locked(tmp_path / "agent"):
+        raise AssertionError("never reached")
+    done.set()
+    other.join()
+    with locked(tmp_path / "agent"):
+        assert (tmp_path / "agent").stat().st_mode & 0o077 == 0

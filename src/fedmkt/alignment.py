@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 MAX_ENTRIES = 128
-CHUNK_ROWS = 4096  # paired rows projected at once: some tens of MB at 64 entries a row
+CHUNK_ROWS = 1024  # paired rows projected at once: at 64 entries a row most arrays stay in cache
 FLOOR_LOGPROB = -1000.0  # exp is 0 there; keeps running sums of log-probabilities exact enough
 _STRIDE = np.int64(1) << 32  # larger than any byte offset: one key orders (sample, offset)
 

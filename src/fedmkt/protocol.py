@@ -120,6 +120,9 @@ class Schedule(Message):
     """Quorum and patience. A round never waits for ever."""
 
     quorum: int = Field(default=1, ge=1, le=10_000)
+    gather_timeout_s: float = Field(
+        default=60, ge=0, le=30 * 86400, description="once a quorum is ready, how long a round waits for the others"
+    )
     collect_timeout_s: float = Field(default=3600, gt=0, le=30 * 86400)
     distill_timeout_s: float = Field(default=3600, gt=0, le=30 * 86400)
     apply_timeout_s: float = Field(default=3600, gt=0, le=30 * 86400)

@@ -3,8 +3,14 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from fedmkt.errors import Refusal
 from fedmkt.protocol import FederationConfig
 from fedmkt.public_set import PublicParts, PublicSample, PublicSet
+
+
+class NoSuchSlice(Refusal):
+    code = "round.no_such_slice"
+    title = "The public set has no such slice"
 
 
 @dataclass(frozen=True)
@@ -14,6 +20,11 @@ class RoundPlan:
     slice_index: int
     config: FederationConfig
     public_set: PublicSet
+
+    def __post_init__(self) -> None:
+        slices = self.config.public_set.slices
+        if not 0 <= self.slice_index < slices:
+            raise NoSuchSlice(f"slice {self.slice_index} of a public set that is cut into {slices}, counted from 0")
 
     @cached_property
     def _parts(self) -> PublicParts:

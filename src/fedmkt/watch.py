@@ -46,7 +46,6 @@ class Watcher:
         self._client = client
         self._federation_id = federation_id
         self._last: Sight | None = None
-        self._seen_at = time.monotonic()
 
     def look(self) -> Sight:
         """The present state; the last known one, with a note, while the coordinator does not answer."""
@@ -57,13 +56,7 @@ class Watcher:
         except CoordinatorUnreachable:
             if self._last is None:
                 raise
-            silent_s = time.monotonic() - self._seen_at
-            return Sight(
-                self._last.federation,
-                self._last.rounds,
-                notes=(f"the coordinator has not answered for {silent_s:.0f} s",),
-            )
-        self._seen_at = time.monotonic()
+            return Sight(self._last.federation, self._last.rounds, notes=("the coordinator does not answer",))
         self._last = Sight(federation, rounds)
         return self._last
 
@@ -141,7 +134,6 @@ class Lines:
             return
         yield from _uploads(now)
         yield f"round {now.number}: {now.state}"
-        yield from (f"round {now.number}: {a.name} is {a.step}" for a in sight.activities if a.step)
 
 
 def _uploads(view: RoundView) -> Iterator[str]:

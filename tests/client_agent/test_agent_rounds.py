@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import pytest
 
 from agent_world import SITES, World
+from fedmkt.service import locked
 from fedmkt.stopping import StopFlag
 from fedmkt_client_agent.agent import Agent
 from fedmkt_client_agent.main import prepare
@@ -84,7 +85,7 @@ def run_until(settings: Settings, step: str, done: int) -> None:
     stop = StopFlag()
     store, status = AgentStore(settings.state_dir), StopsAt(stop, step, done)
     with ExitStack() as stack:
-        stack.enter_context(store.locked())
+        stack.enter_context(locked(store.folder))
         Agent(prepare(stack, settings, store, status, stop), settings.poll_s).run()
     assert status.view.step == step
 

@@ -1,7 +1,6 @@
 """The agent's folder: a killed process leaves a whole step behind or none. And its settings and status pages."""
 
 import json
-import multiprocessing
 from pathlib import Path
 
 import httpx
@@ -11,7 +10,7 @@ from pydantic import ValidationError
 from fedmkt.local_server import serve_in_thread
 from fedmkt_client_agent.settings import Settings
 from fedmkt_client_agent.status import Status, build_app
-from fedmkt_client_agent.store import AgentState, AgentStore, RoundWork, StateInUse, StateUnreadable, write_atomically
+from fedmkt_client_agent.store import AgentState, AgentStore, RoundWork, StateUnreadable, write_atomically
 
 
 def save(content: str) -> object:
@@ -71,26 +70,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_atomically(path, "not bytes")  # type: ignore[arg-type]  # the point of the test
     assert path.read_bytes() == b"old"
-
-
-def _lock(folder: Path, done: "multiprocessing.synchronize.Event", held: "multiprocessing.synchronize.Event") -> None:
-    with AgentStore(folder).locked():
-        held.set()
-        done.wait(30)
-
-
-def test_two_agents_cannot_share_a_folder(store: AgentStore) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    done, held = spawn.Event(), spawn.Event()
-    other = spawn.Process(target=_lock, args=(store.folder, done, held))
-    other.start()
-    assert held.wait(30)
-    with pytest.raises(StateInUse, match="another agent runs"), store.locked():
-        raise AssertionError("never reached")
-    done.set()
-    other.join()
-    with store.locked():
-        pass
 
 
 # ---------------------------------------------------------------------------------------------------------- settings

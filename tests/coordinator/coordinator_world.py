@@ -1,14 +1,17 @@
 """A coordinator under test with all around it: an operator, a worker, sites with keys, texts and vocabularies."""
 
+import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import httpx
 import numpy as np
+import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -219,6 +222,14 @@ class World:
         self.sites[name] = site
         return site
 
+    async def as_site(self, name: str, key: Ed25519PrivateKey) -> SiteUnderTest:
+        """A site that enrolled by other ways than `enrol`."""
+        (view,) = [each for each in (await self.view()).sites if each.name == name]
+        assert view.site_id is not None
+        site = SiteUnderTest(name, vocabulary(SITE_VOCABULARIES[name]), key, view.site_id, "")
+        await self.renew(site)
+        return site
+
     async def renew(self, site: SiteUnderTest) -> None:
         assertion = site_assertion(site.key, site.site_id, self.clock())
         answer = await self.http.post("/v1/token", json={"assertion": assertion})
@@ -353,6 +364,15 @@ class World:
         state = await self.send_chunks(site, self.manifest(site, view, blob), blob)
         return await self.ask(UploadReceipt, "POST", f"/v1/uploads/{state.upload_id}/complete", site)
 
+    async def play_round(self, number: int = 1) -> None:
+        """Every site does what it should, and so does the LLM server."""
+        view = await self.round(number)
+        for site in self.sites.values():
+            await self.upload(site, view)
+        await self.distill()
+        for site in self.sites.values():
+            await self.report(site, view)
+
     async def report(self, site: SiteUnderTest, view: RoundView) -> None:
         sent = await self.send("POST", f"/v1/rounds/{view.round_id}/report", site, a_report())
         assert sent.status_code == 200, sent.text
@@ -360,3 +380,21 @@ class World:
 
 def _bearer(role: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {TOKENS[role]}"}
+
+
+@asynccontextmanager
+async def served(world: World) -> AsyncIterator[str]:
+    """The address of the same application behind a real socket, for answers that stream and clients that block."""
+    server = uvicorn.Server(
+        uvicorn.Config(world.app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+    )
+    serving = asyncio.create_task(server.serve())
+    for _ in range(500):
+        if server.started:
+            break
+        await asyncio.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import redis
 
-from conftest import RedisProcess
+from coordinator_servers import RedisProcess
 from coordinator_world import World
 from fedmkt.protocol import (
     DistillResult,

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import redis
 
-from conftest import RedisProcess
+from coordinator_servers import RedisProcess
 from fedmkt_coordinator.queue import GROUP, JOBS, JobQueue, Unavailable, without_password
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]

@@ -15,7 +15,7 @@ import psutil  # type: ignore[import-untyped] # its stubs are another package
 import pytest
 import redis
 
-from conftest import RedisProcess, Worlds, settings_for
+from coordinator_servers import RedisProcess, Worlds, settings_for
 from coordinator_world import TOKENS, World, config
 from fedmkt.protocol import Health
 from fedmkt_coordinator import rounds
@@ -23,16 +23,6 @@ from fedmkt_coordinator.embedded_redis import EmbeddedRedis, FolderInUse
 from fedmkt_coordinator.queue import JOBS
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
-
-
-async def play(world: World, number: int = 1) -> None:
-    view = await world.round(number)
-    for site in world.sites.values():
-        await world.upload(site, view)
-    await world.distill()
-    for site in world.sites.values():
-        await world.report(site, view)
-    assert (await world.round(number)).state == "completed"
 
 
 # ------------------------------------------------------------------------------------------------ Redis
@@ -70,7 +60,8 @@ async def test_a_whole_round_without_redis(worlds: Worlds, own_redis: RedisProce
     await world.request_rounds()
     async with asyncio.timeout(10):
         assert (await waiting)["kind"] == "train_and_upload"
-    await play(world)
+    await world.play_round()
+    assert (await world.round()).state == "completed"
     ready = await world.ask(Health, "GET", "/readyz", None)
     assert ready.status == "ok"
     assert "Error" in ready.checks["redis"]

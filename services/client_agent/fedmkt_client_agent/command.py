@@ -8,7 +8,10 @@ import typer
 from fedmkt.settings import read_settings
 from fedmkt_client_agent.settings import Settings
 
-app = typer.Typer(help="Run the agent of one site: private text stays here, knowledge of the public set is shared.")
+app = typer.Typer(
+    add_completion=False,
+    help="Run the agent of one site: private text stays here, knowledge of the public set is shared.",
+)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,29 +1,26 @@
 """Builds everything the agent needs, once, and runs it. The exit status: 0 stopped, 1 cannot go on."""
 
-import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TypeVar
 
 from fedmkt.client import CoordinatorClient, CoordinatorUnreachable, RetryPolicy, SiteKey
-from fedmkt.errors import Refusal
-from fedmkt.local_server import serve_in_thread
-from fedmkt.logs import configure_logs
 from fedmkt.ml.models import LoadedModel, load_base
 from fedmkt.ml.party import Party
 from fedmkt.ml.process import prepare_process
 from fedmkt.private_set import read_private_set
 from fedmkt.protocol import SiteSelf
 from fedmkt.public_set import PublicSet
+from fedmkt.service import locked, run_service, status_pages
 from fedmkt.signing import load_key
-from fedmkt.stopping import StopFlag, Stopped
+from fedmkt.stopping import StopFlag
 from fedmkt_client_agent.agent import FIRST_PAUSE_S, LONGEST_PAUSE_S, Agent
 from fedmkt_client_agent.enrolment import enrol_once, introduce
 from fedmkt_client_agent.settings import Settings
 from fedmkt_client_agent.site import Site
 from fedmkt_client_agent.status import Status, build_app
-from fedmkt_client_agent.store import AgentState, AgentStore, write_atomically
+from fedmkt_client_agent.store import AgentState, AgentStore
 
 log = logging.getLogger(__name__)
 
@@ -35,43 +32,21 @@ Answer = TypeVar("Answer")
 
 def run(settings: Settings) -> int:
     """The program until a signal; its exit status."""
-    configure_logs("agent", level=settings.log_level, style=settings.log_style)
-    stop = StopFlag()
-    stop.listen()
-    try:
-        serve(settings, stop)
-    except Stopped:
-        pass
-    except Refusal as error:
-        log.error("agent.cannot_go_on", extra={"code": error.code, "reason": error.detail})
-        return 1
-    return 0
+    return run_service(
+        "agent", lambda stop: serve(settings, stop), log_level=settings.log_level, log_style=settings.log_style
+    )
 
 
 def serve(settings: Settings, stop: StopFlag) -> None:
     """The agent until `stop` is set. Raises Refusal when waiting would not help."""
     store, status = AgentStore(settings.state_dir), Status()
     with ExitStack() as stack:
-        stack.enter_context(store.locked())
-        stack.enter_context(_status_pages(settings, store, status))
+        stack.enter_context(locked(store.folder))
+        stack.enter_context(
+            status_pages(build_app(status), settings.status_host, settings.status_port, store.status_file)
+        )
         site = prepare(stack, settings, store, status, stop)
         Agent(site, settings.poll_s).run()
-
-
-@contextmanager
-def _status_pages(settings: Settings, store: AgentStore, status: Status) -> Iterator[None]:
-    """Where they listen is written to status.json in the state folder."""
-    if settings.status_port is None:
-        yield
-        return
-    with serve_in_thread(build_app(status), settings.status_host, settings.status_port) as port:
-        address = {"host": settings.status_host, "port": port}
-        write_atomically(store.status_file, json.dumps(address).encode())
-        log.info("status.listening", extra=address)
-        try:
-            yield
-        finally:
-            store.status_file.unlink(missing_ok=True)
 
 
 def prepare(stack: ExitStack, settings: Settings, store: AgentStore, status: Status, stop: StopFlag) -> Site:

@@ -9,11 +9,9 @@
 finds either the step before or the step after, never half of one.
 """
 
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,12 +25,6 @@ STATE_VERSION = 1
 class StateUnreadable(Refusal):
     code = "agent.state_unreadable"
     title = "The agent's state cannot be used"
-
-
-class StateInUse(Refusal):
-    status = 409
-    code = "agent.state_in_use"
-    title = "Another agent uses this state folder"
 
 
 class RoundWork(BaseModel):
@@ -69,7 +61,7 @@ class AgentState(BaseModel):
 
 
 class AgentStore:
-    """The folder. `locked` guards it against a second agent."""
+    """The folder, which this process has to itself (`fedmkt.service.locked`)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -79,16 +71,6 @@ class AgentStore:
         self.checkpoint = folder / "checkpoint.safetensors"
         self.status_file = folder / "status.json"
         self._state_file = folder / "state.json"
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (self.folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StateInUse("another agent runs on this state folder; stop it or name another folder") from error
-            yield
 
     def load(self) -> AgentState:
         """The state as last committed; a fresh one where there is none. Leftovers of a killed step are removed."""

@@ -35,10 +35,12 @@ async def complete(desk: Desk, site: SiteRow, upload_id: str) -> UploadReceipt:
         if upload.state == "accepted":
             return _receipt(desk, upload)
         expected = await _expected(tx, upload, site)
+    public_set = await desk.public_sets.get(expected.public_set)
     try:
         async with desk.checking:
             blob = await _whole(desk, upload)
-            await _check(desk, upload, expected, blob)
+            if upload.kind == "knowledge":  # adapters are opaque here; the LLM server opens them
+                await asyncio.to_thread(check_knowledge, blob, expected, public_set)
     except UploadIncomplete:
         now = await _reread(desk, upload_id)
         if now.state == "accepted":  # the same request, sent twice, was faster and has cleared the chunks away
@@ -109,13 +111,6 @@ async def _whole(desk: Desk, upload: UploadRow) -> bytes:
             "were announced; announce it anew"
         )
     return blob
-
-
-async def _check(desk: Desk, upload: UploadRow, expected: Expected, blob: bytes) -> None:
-    """Adapters are opaque here; the LLM server opens them."""
-    if upload.kind == "knowledge":
-        public_set = await desk.public_sets.get(expected.public_set)
-        await asyncio.to_thread(check_knowledge, blob, expected, public_set)
 
 
 def check_knowledge(blob: bytes, expected: Expected, public_set: PublicSet) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from fedmkt.protocol import FederationConfig, MapJob, MapMethod
 from fedmkt_coordinator.ids import new_id
@@ -38,7 +39,8 @@ async def readiness(tx: Transaction, federation: FederationRow) -> Readiness:
     active = {site.name: site for site in await tx.sites(federation.id) if site.revoked_at is None}
     maps = await _maps(tx, federation, active.values())
     ready = tuple(site for site in active.values() if site.ready and _complete(maps.get(site.name)))
-    return Readiness(ready, maps, tuple(_missing(federation, active, maps, ready)))
+    missing = (*_missing(federation, active, maps, ready), *_gathering(federation, active, maps, ready, tx.now))
+    return Readiness(ready, maps, missing)
 
 
 def _complete(maps: SiteMaps | None) -> bool:
@@ -93,6 +95,24 @@ def _missing(
     quorum = federation.config.schedule.quorum
     if len(ready) + len(pending) < quorum:
         yield f"sites: {len(ready)} are ready, quorum is {quorum}; {_unready(federation.config, active, maps)}"
+
+
+def _gathering(
+    federation: FederationRow,
+    active: dict[str, SiteRow],
+    maps: dict[str, SiteMaps],
+    ready: tuple[SiteRow, ...],
+    now: datetime,
+) -> Iterable[str]:
+    """A quorum is ready: the others get some time, counted from when the quorum's last site enrolled."""
+    schedule = federation.config.schedule
+    if len(ready) < schedule.quorum:
+        return
+    late = sorted(set(federation.config.sites) - {site.name for site in ready})
+    began = sorted(site.enrolled_at for site in ready)[schedule.quorum - 1]
+    until = began + timedelta(seconds=schedule.gather_timeout_s)
+    if late and now < until:
+        yield f"{_unready(federation.config, active, maps)}; the round begins without them at {until:%H:%M:%S} UTC"
 
 
 def _unready(config: FederationConfig, active: dict[str, SiteRow], maps: dict[str, SiteMaps]) -> str:

@@ -108,15 +108,16 @@ async def put_chunk(desk: Desk, site: SiteRow, upload_id: str, number: int, data
     """Keep one chunk; in any order, any number of times."""
     async with desk.store.read() as tx:
         upload = await own_upload(tx, site, upload_id)
-    _check_chunk(upload.manifest, number, data)
-    if upload.state == "open":
-        await desk.artifacts.put_chunk(upload_id, number, data)
-    async with desk.store.write() as tx:
-        upload = await own_upload(tx, site, upload_id)
+        _check_chunk(upload.manifest, number, data)
         if upload.state == "accepted":
             return await state_of(tx, upload)
         await still_open(tx, upload)
-        await tx.add_chunk(upload_id, number)
+    await desk.artifacts.put_chunk(upload_id, number, data)
+    async with desk.store.write() as tx:
+        upload = await own_upload(tx, site, upload_id)
+        if upload.state != "accepted":  # by another request with the same bytes
+            await still_open(tx, upload)
+            await tx.add_chunk(upload_id, number)
         return await state_of(tx, upload)
 
 

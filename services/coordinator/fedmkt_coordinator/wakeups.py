@@ -62,6 +62,9 @@ class Announcer:
         self._something.set()
 
     def announce(self, outbox: Outbox) -> None:
+        for event in outbox.events:
+            about = {"federation_id": event.federation_id, "round_id": event.round_id, "site": event.site}
+            log.info(event.kind, extra={**about, "sequence": event.sequence, "data": event.data})
         for federation_id in outbox.federations:
             self._wakeups.ring(federation_id)
         self._pending.federations |= outbox.federations

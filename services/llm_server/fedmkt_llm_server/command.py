@@ -8,7 +8,10 @@ import typer
 from fedmkt.settings import read_settings
 from fedmkt_llm_server.settings import Settings
 
-app = typer.Typer(help="Run the LLM server: it distils the sites' knowledge into the LLM and builds vocabulary maps.")
+app = typer.Typer(
+    add_completion=False,
+    help="Run the LLM server: it distils the sites' knowledge into the LLM and builds vocabulary maps.",
+)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,6 +1,5 @@
 """Builds everything the LLM server needs, once, and runs it. Exit status: 0 stopped, 1 cannot go on."""
 
-import json
 import logging
 import os
 import socket
@@ -10,13 +9,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from fedmkt.client import CoordinatorClient, CoordinatorUnreachable, RetryPolicy, StaticToken
-from fedmkt.errors import Refusal
-from fedmkt.local_server import serve_in_thread
-from fedmkt.logs import configure_logs
 from fedmkt.ml.models import LoadedModel, load_base
 from fedmkt.ml.process import prepare_process
 from fedmkt.protocol import DistillJob, DistillResult, JobView, MapJob, MapResult, QueueView
-from fedmkt.stopping import StopFlag, Stopped
+from fedmkt.service import locked, run_service, status_pages
+from fedmkt.stopping import StopFlag
 from fedmkt_llm_server.distil import Desk, distil
 from fedmkt_llm_server.llm import Llm
 from fedmkt_llm_server.maps import build_map
@@ -35,24 +32,18 @@ HEARTBEAT_TIMEOUT_S = 5.0
 
 def run(settings: Settings) -> int:
     """The program until a signal; its exit status."""
-    configure_logs("llm-server", level=settings.log_level, style=settings.log_style)
-    stop = StopFlag()
-    stop.listen()
-    try:
-        serve(settings, stop)
-    except Stopped:
-        pass
-    except Refusal as error:
-        log.error("llm_server.cannot_go_on", extra={"code": error.code, "reason": error.detail})
-        return 1
-    return 0
+    return run_service(
+        "llm-server", lambda stop: serve(settings, stop), log_level=settings.log_level, log_style=settings.log_style
+    )
 
 
 def serve(settings: Settings, stop: StopFlag) -> None:
     """The LLM server until `stop` is set. Raises Refusal when waiting would not help."""
     pages = _Pages()
     with ExitStack() as stack:
-        stack.enter_context(_status_pages(settings, pages))
+        stack.enter_context(locked(settings.state_dir))
+        file = settings.state_dir / "status.json"
+        stack.enter_context(status_pages(build_app(pages.view), settings.status_host, settings.status_port, file))
         client, heartbeats = _clients(stack, settings, stop)
         prepare_process(settings.torch_threads)
         state = LlmState(settings.state_dir)
@@ -60,11 +51,7 @@ def serve(settings: Settings, stop: StopFlag) -> None:
         log.info("model.loaded", extra={"model": llm.card.model_id, "device": llm.card.device})
         _handshake(client, stop)
         status = pages.status = Status(llm.card)
-        registrar = Registrar(client, llm.vocabulary, llm.card, stop)
-        thread = threading.Thread(
-            target=registrar.run, args=(settings.registration_interval_s,), name="registrar", daemon=True
-        )
-        thread.start()
+        stack.enter_context(_registering(Registrar(client, llm.vocabulary, llm.card, stop), settings, stop))
         desk = Desk(
             llm,
             state,
@@ -85,6 +72,19 @@ def serve(settings: Settings, stop: StopFlag) -> None:
         log.info("llm_server.stopped")
 
 
+@contextmanager
+def _registering(registrar: Registrar, settings: Settings, stop: StopFlag) -> Iterator[None]:
+    """New federations are looked for beside the block."""
+    interval_s = settings.registration_interval_s
+    thread = threading.Thread(target=registrar.run, args=(interval_s,), name="registrar", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()  # however the block ended
+        thread.join()
+
+
 class _Pages:
     """What the status pages read: nothing until the model is loaded."""
 
@@ -92,24 +92,6 @@ class _Pages:
 
     def view(self) -> StatusView | None:
         return None if self.status is None else self.status.view
-
-
-@contextmanager
-def _status_pages(settings: Settings, pages: _Pages) -> Iterator[None]:
-    """Where they listen is written to status.json in the state folder."""
-    if settings.status_port is None:
-        yield
-        return
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
-    file = settings.state_dir / "status.json"
-    with serve_in_thread(build_app(pages.view), settings.status_host, settings.status_port) as port:
-        address = {"host": settings.status_host, "port": port}
-        file.write_text(json.dumps(address))
-        log.info("status.listening", extra=address)
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
 
 
 def _clients(stack: ExitStack, settings: Settings, stop: StopFlag) -> tuple[CoordinatorClient, CoordinatorClient]:

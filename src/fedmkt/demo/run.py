@@ -43,6 +43,7 @@ QUICK = {
 }
 WORKERS = 2  # control arms at a time
 PRIVATE_HOLDOUT_SHARE = 0.1
+LOG_WIDTH = 140  # of the tables, where no terminal says
 FAILED, INTERRUPTED = 1, 130
 MADE_HERE = ("state", "logs", "data", "report.json")  # what a run replaces in its folder
 
@@ -89,7 +90,7 @@ class Demo:
 def run_demo(options: DemoOptions) -> int:
     """Everything, from texts to report; the exit status is 0 only if every round completed."""
     signal.signal(signal.SIGTERM, _as_interrupt)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     options.out.mkdir(parents=True, exist_ok=True)
     with _folder(options.out):
         try:

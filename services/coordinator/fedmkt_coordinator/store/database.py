@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Store:
         self._clock = clock
         self._sqlite = engine.dialect.name == "sqlite"
         # SQLite has one writer; queueing here is fair, its own busy-waiting between connections is not.
-        self._turn = asyncio.Lock()
+        self._turn: AbstractAsyncContextManager[None] = asyncio.Lock() if self._sqlite else nullcontext()
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[Transaction]:
@@ -52,23 +52,13 @@ class Store:
     @asynccontextmanager
     async def write(self) -> AsyncIterator[Transaction]:
         """All or nothing. Transactions of one federation run one after the other once they lock its row."""
-        if self._sqlite:
-            async with self._turn:
-                transaction = self._writing()
-                async with transaction as tx:
-                    yield tx
-        else:
-            async with self._writing() as tx:
+        async with self._turn, self.engine.connect() as connection:
+            await connection.execution_options(fedmkt_write=True)
+            async with connection.begin():
+                tx = Transaction(connection, self._clock())
                 yield tx
         if tx.outbox.federations or tx.outbox.jobs:
             self.after_commit(tx.outbox)
-
-    @asynccontextmanager
-    async def _writing(self) -> AsyncIterator[Transaction]:
-        async with self.engine.connect() as connection:
-            await connection.execution_options(fedmkt_write=True)
-            async with connection.begin():
-                yield Transaction(connection, self._clock())
 
     async def ping(self) -> None:
         async with self.engine.connect() as connection:

@@ -27,6 +27,7 @@ class Events(Statements):
         sequence = await self._scalar(statement.returning(federations.c.events))
         row = EventRow(federation_id, int(sequence), self.now, kind, round_id, site, data)
         await self._insert(events, row)
+        self.outbox.events.append(row)
         self.outbox.federations.add(federation_id)
 
     async def events_after(self, federation_id: str, sequence: int, limit: int) -> list[EventRow]:

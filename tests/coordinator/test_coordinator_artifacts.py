@@ -1,0 +1,104 @@
+"""What is handed in and fetched: artifacts, public sets, vocabularies, models."""
+
+import json
+
+import pytest
+
+from coordinator_world import PUBLIC_SET, World
+from fedmkt.protocol import (
+    ModelCard,
+    PublicSetReceipt,
+    SiteModel,
+)
+
+pytestmark = [pytest.mark.anyio, pytest.mark.services]
+
+DATA = bytes(range(256)) * 5000
+
+
+async def test_an_artifact_comes_whole_in_parts_or_not_again(world: World) -> None:
+    path = f"/v1/artifacts/{await world.store_artifact(DATA)}"
+    whole = await world.send("GET", path, "worker")
+    assert (whole.status_code, whole.content) == (200, DATA)
+    assert whole.headers["etag"] == f'"{path.rsplit("/", 1)[1]}"'
+    again = await world.send("GET", path, "worker", headers={"If-None-Match": whole.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+@pytest.mark.parametrize(
+    ("asked", "start", "stop"),
+    [
+        ("bytes=0-0", 0, 1),
+        ("bytes=100-199", 100, 200),
+        ("bytes=1279000-", 1279000, 1280000),
+        ("bytes=1279999-9999999", 1279999, 1280000),
+        ("bytes=-10", 1279990, 1280000),
+        ("bytes=-9999999", 0, 1280000),
+    ],
+)
+async def test_a_range_is_answered_with_its_bytes(world: World, asked: str, start: int, stop: int) -> None:
+    path = f"/v1/artifacts/{await world.store_artifact(DATA)}"
+    part = await world.send("GET", path, "worker", headers={"Range": asked})
+    assert (part.status_code, part.content) == (206, DATA[start:stop])
+    assert part.headers["content-range"] == f"bytes {start}-{stop - 1}/1280000"
+
+
+@pytest.mark.parametrize("asked", ["bytes=1280000-", "bytes=-0", "bytes=5000000-6000000"])
+async def test_a_range_outside_is_refused_with_the_length(world: World, asked: str) -> None:
+    path = f"/v1/artifacts/{await world.store_artifact(DATA)}"
+    answer = await world.send("GET", path, "worker", headers={"Range": asked})
+    assert (answer.status_code, answer.json()["code"]) == (416, "artifact.range")
+    assert answer.headers["content-range"] == "bytes */1280000"
+
+
+@pytest.mark.parametrize("asked", ["bytes=5-3", "bytes=0-1,5-6", "lines=1-2", "bytes=-", "bytes=a-b"])
+async def test_ranges_that_are_none_give_the_whole(world: World, asked: str) -> None:
+    path = f"/v1/artifacts/{await world.store_artifact(DATA)}"
+    answer = await world.send("GET", path, "worker", headers={"Range": asked})
+    assert (answer.status_code, answer.content) == (200, DATA)
+
+
+async def test_bytes_under_a_wrong_address_are_not_kept(world: World) -> None:
+    wrong = "0" * 64
+    detail = await world.refused("artifact.digest", "PUT", f"/v1/artifacts/{wrong}", "worker", b"data")
+    assert "4 bytes came with SHA-256" in detail
+    await world.refused("artifact.unknown", "GET", f"/v1/artifacts/{wrong}", "worker")
+    await world.refused("request.malformed", "GET", "/v1/artifacts/not-a-digest", "worker")
+    kept = (world.context.settings.state_dir / "objects").rglob("*")
+    assert [path for path in kept if path.is_file()] == []
+
+
+# ------------------------------------------------------------------------------------------------ what is handed in
+
+
+async def test_the_public_set_is_stored_in_its_canonical_form(world: World) -> None:
+    await world.create()
+    path = f"/v1/federations/{world.federation_id}/public-set"
+    loose = b"\n".join(json.dumps(json.loads(line), indent=None).encode() for line in PUBLIC_SET.splitlines()) + b"\n\n"
+    first = await world.ask(PublicSetReceipt, "PUT", path, "operator", PUBLIC_SET)
+    assert (first.digest, first.samples) == (world.public_set.digest, 12)
+    assert await world.ask(PublicSetReceipt, "PUT", path, "operator", loose) == first
+    assert (await world.event_kinds()).count("public_set.stored") == 1
+    await world.refused("public_set.malformed", "PUT", path, "operator", b"{}\n")
+    await world.refused("public_set.empty", "PUT", path, "operator", b"")
+    await world.refused("public_set.too_few_samples", "PUT", path, "operator", b'{"text": "one"}\n')
+
+
+async def test_a_vocabulary_that_is_none_is_refused(world: World) -> None:
+    await world.create()
+    site = await world.enrol("north")
+    answer = await world.send("PUT", "/v1/me/vocabulary", site, b"{}")
+    assert answer.status_code == 422
+    assert answer.json()["code"].startswith("vocabulary.")
+    assert (await world.view()).sites[0].vocabulary is None
+
+
+async def test_a_model_may_be_described_anew(world: World) -> None:
+    await world.create()
+    site = await world.enrol("north")
+    for samples in (10, 10, 20):
+        card = ModelCard(model_id="tiny", architecture="gpt2", parameters=samples)
+        sent = await world.send("PUT", "/v1/me/model", site, SiteModel(model=card, private_samples=samples))
+        assert sent.status_code == 204
+    assert (await world.view()).sites[0].private_samples == 20
+    assert (await world.event_kinds()).count("site.model") == 2
