@@ -12,7 +12,7 @@ from benchmarks import data
 from benchmarks.contenders import pickle_lists
 from benchmarks.harness import Growth, Paired, Results, at_least, at_most
 from benchmarks.models import demo_llm
-from benchmarks.random_rows import random_rows
+from benchmarks.random_rows import random_rows, uniform_ids
 from fedmkt.knowledge import Knowledge, decode, encode, quantised
 from fedmkt.ml.extraction import extract
 from fedmkt.ml.models import load_base
@@ -75,6 +75,19 @@ def bench_blob_size_without_truncation(results: Results, top_k: int) -> None:
     name = f"blob at k {top_k} without truncation, against pickled lists"
     results.add(name, "bytes/row", ours, pickled, size=size, goal=goal)
     results.grew(Growth("blob bytes over k", top_k), ours, pickled, f"k {top_k}")
+
+
+def bench_blob_size_of_ids_without_any_pattern(results: Results) -> None:
+    """The worst case: every id equally likely, so that nothing but the order within a row can be saved."""
+    knowledge = uniform_ids(_rows(ROWS[0], TOP_KS[-1]))
+    results.add(
+        f"blob at k {TOP_KS[-1]}, ids drawn uniformly, against pickled lists",
+        "bytes/row",
+        len(encode(knowledge)) / knowledge.rows,
+        len(pickle_lists(knowledge)) / knowledge.rows,
+        size=f"V {VOCABULARY:,}, {knowledge.entries / knowledge.rows:.1f} entries a row",
+        goal=at_most(330),
+    )
 
 
 def bench_blob_distortion(results: Results) -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import numpy as np
+
 from fedmkt.alignment import TokenizedSet
 from fedmkt.knowledge import Knowledge
 from random_knowledge import random_knowledge
@@ -39,3 +41,12 @@ def random_rows(rows: int, vocabulary_size: int, *, top_k: int, top_p: float = 1
         top_k=top_k,
         top_p=top_p,
     )
+
+
+def uniform_ids(knowledge: Knowledge, seed: int = 0) -> Knowledge:
+    """The same probabilities on ids that are all equally likely."""
+    rng = np.random.default_rng(seed)
+    size = knowledge.header.vocabulary_size
+    counts = np.diff(knowledge.entry_splits).tolist()
+    drawn = [np.sort(rng.choice(size, count, replace=False)) for count in counts]
+    return replace(knowledge, token_ids=np.concatenate(drawn).astype(np.int32))

@@ -49,14 +49,14 @@ def test_an_agent_whose_coordinator_is_away_ends_cleanly_on_sigterm(tmp_path: Pa
     with log.open("wb") as file:
         process = subprocess.Popen(command("fedmkt_client_agent", *arguments), stderr=file)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 90
         while "coordinator.not_answering" not in log.read_text():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         assert json.loads((tmp_path / "agent" / "status.json").read_text())["host"] == "127.0.0.1"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=25) == 0
     finally:
         process.kill()
         process.wait()

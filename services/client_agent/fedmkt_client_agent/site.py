@@ -47,7 +47,10 @@ class Site:
         """Start a new page for this round, unless it is the one at hand."""
         if self.state.work is None or self.state.work.round_id != round_id:
             self.store.own_knowledge.unlink(missing_ok=True)
-            self.state = self.store.commit(self.state.model_copy(update={"work": RoundWork(round_id=round_id)}))
+            last = self.state.work.report if self.state.work is not None else None
+            # nothing changes a site between a report and the next round: it starts as it ended
+            work = RoundWork(round_id=round_id, before=last.after if last is not None else None)
+            self.state = self.store.commit(self.state.model_copy(update={"work": work}))
 
     def note(self, *, seconds: dict[str, float] | None = None, **work: Any) -> None:
         """Remember fields of the round's work, seconds by phase, and bytes since last time; `commit` writes them.

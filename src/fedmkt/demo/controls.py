@@ -6,10 +6,12 @@ on `prepare_lesson` without teachers: a rule that wants a better teacher then le
 leaves the party itself.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
 
 from fedmkt.demo.workers import Progress
 from fedmkt.knowledge import Knowledge
@@ -97,7 +99,7 @@ def site_control(
         party.restore(start)
         histories[arm] = []
         for trained, plan in enumerate(_plans(setting, arm)):
-            before = public_evaluations(party, plan, steps.tick) if trained else untrained
+            before = histories[arm][-1].after if trained else untrained
             if trained:
                 epochs = private_epochs(config, trained)
                 private_phase(party, private.train, plan.config, epochs=epochs, progress=steps.tick)
@@ -133,6 +135,7 @@ class _Steps:
 
 def _party(setting: Setting) -> Party:
     configure_torch(1)
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own gap; it would draw over the demo's bars
     base = load_base(setting.model, revision=setting.revision, device=setting.device)
     return Party(base, setting.config.lora, seed=setting.config.seed)
 
@@ -151,6 +154,3 @@ def _teach(party: Party, plan: RoundPlan) -> Teach:
         return prepare_lesson(plan.public_set, own, party.vocabulary, [], plan.config.distillation, plan.max_tokens)
 
     return teach
-
-
-Control = Callable[..., dict[str, History]]
