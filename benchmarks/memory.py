@@ -4,9 +4,12 @@ The kernel counts: after a small step of the same form has loaded every library 
 high-water mark (VmHWM in /proc/self/status, by writing 5 to /proc/self/clear_refs), notes what it holds, builds the
 logits (or hidden states) and the batch's targets, runs the step, and reports how far the mark rose. So everything that
 the step needs counts, in torch, numpy or C alike, and nothing that was there before: libraries, the head's weights, and
-the lesson or the teachers' top-k rows. `ru_maxrss` would not do: a child inherits its parent's.
+the lesson or the teachers' top-k rows. glibc is told to give every block of 256 KiB or more back at once: how much it
+would keep differs from run to run by more than what is measured. `ru_maxrss` would not do: a child inherits its
+parent's.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,13 +34,17 @@ from benchmarks.steps import (
 REPOSITORY = Path(__file__).resolve().parent.parent
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MIB = 1 << 20
+STEADY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "OMP_NUM_THREADS": "1"}
 
 
 def peak_mib(form: str, shape: StepShape, chunk_rows: int = 0) -> float:
     """MiB that a step of the form needs at most, measured in a fresh process. Needs Linux."""
     numbers = shape.samples, shape.tokens, shape.vocabulary, shape.kept, shape.width, chunk_rows
     command = [sys.executable, "-m", "benchmarks.memory", form, *map(str, numbers)]
-    done = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=120)
+    environment = os.environ | STEADY
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, text=True, timeout=120
+    )
     return float(done.stdout)
 
 

@@ -34,19 +34,23 @@ class Stack:
     project: str
     port: int
 
-    def compose(self, *arguments: str, timeout_s: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run `docker compose` on this stack. With `check`, a failure fails the test with what was printed."""
+    def compose(
+        self, *arguments: str, timeout_s: float = 120, check: bool = True, show: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `docker compose` on this stack. `check`: a failure fails the test. `show`: nothing is captured."""
         done = subprocess.run(
             ["docker", "compose", *FEDERATION, "--project-name", self.project, *arguments],
             env={**os.environ, "FEDMKT_PUBLISHED_PORT": str(self.port), "FEDMKT_DEMO_ROUNDS": "1"},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            capture_output=not show,
             text=True,
             timeout=timeout_s,
             check=False,
         )
         if check and done.returncode != 0:
-            pytest.fail(f"docker compose {' '.join(arguments)}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            pytest.fail(
+                f"docker compose {' '.join(arguments)}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+            )
         return done
 
     def client(self) -> CoordinatorClient:
@@ -79,9 +83,9 @@ def stack() -> Iterator[Stack]:
         stack = Stack(f"fedmkt-test-{os.getpid()}", free.getsockname()[1])
     try:
         print("compose-test: images", flush=True)
-        stack.compose("build", timeout_s=BUILD_TIMEOUT_S)
+        stack.compose("build", "--quiet", timeout_s=BUILD_TIMEOUT_S, show=True)
         print("compose-test: up", flush=True)
-        stack.compose("up", "--detach", timeout_s=BUILD_TIMEOUT_S)
+        stack.compose("up", "--detach", timeout_s=BUILD_TIMEOUT_S, show=True)
         yield stack
     finally:
         print(stack.compose("ps", "--all", check=False).stdout)
@@ -114,6 +118,10 @@ def test_the_demo_federation_completes_its_first_round(finished: RoundView) -> N
     assert {site.state for site in finished.sites} == {"applied"}
     assert finished.llm_result is not None
     assert finished.llm_result.refused_sites == {}
+
+
+def test_an_operator_can_follow_the_rounds_on_the_terminal(stack: Stack, finished: RoundView) -> None:
+    assert "round 1: completed" in stack.compose("run", "--rm", "-T", "watch").stdout
 
 
 def test_every_long_running_service_is_healthy(stack: Stack, finished: RoundView) -> None:

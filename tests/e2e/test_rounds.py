@@ -45,8 +45,10 @@ def test_four_unlike_sites_and_the_llm_teach_each_other(
             assert site.upload_bytes > 0
             assert sum(taught(finished, site.site).values()) == 16
             assert set(taught(finished, site.site)) <= {"llm", "self", "none"}
+    assert sorted(version.round_id for version in versions if version.round_id) == sorted(one.round_id for one in rounds)
     kept = [one for one in rounds if one.llm_result and one.llm_result.gate and one.llm_result.gate.decision == "kept"]
-    assert len([version for version in versions if version.artifact]) == len(kept)
+    (promoted,) = [version for version in versions if version.promoted]
+    assert promoted.round_id == (kept[-1].round_id if kept else None)
     private = [json.loads(line)["text"] for line in tiny_sites["north"].private.read_text().splitlines()]
     said = "".join(log.read_text(errors="replace") for log in (tmp_path / "logs").iterdir())
     assert not [text for text in private if text in said], "private text is in a log"
