@@ -706,3 +706,23 @@ def test_real_maps_keep_their_promises(method: MapMethod, data_dir: Path) -> Non
         mapped = np.flatnonzero(found.distances > 0).tolist()
         assert all(teacher.tokens[index].startswith(student.tokens[found.best_ids[index]]) for index in mapped)
         assert len(mapped) == teacher.size - exact
+
+
+REAL = ("babyllama-105", "babyllama-361", "gpt-neox-20b", "gpt2", "llama2", "llama3", "minimind", "mistral-v3", "opt")
+
+
+@pytest.mark.data
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", [*REAL, "stories260K"])
+def test_a_real_vocabulary_maps_to_every_other(name: str, data_dir: Path) -> None:
+    """Re-tokenised to all others and mined to the small one: what both have is carried to itself."""
+    teacher = small.real(data_dir / "tokenizers" / name)
+    for other in (*REAL, "stories260K"):
+        student = small.real(data_dir / "tokenizers" / other)
+        common = {*teacher.tokens} & {*student.tokens} - {b""}
+        shared = [index for index, token in enumerate(teacher.tokens) if token in common]
+        for method in METHODS if other == "stories260K" else METHODS[-1:]:
+            found = build_vocab_map(teacher, student, method)
+            assert found.best_ids.shape == (teacher.size,)
+            assert found.best_ids.max() < student.size
+            assert [student.tokens[found.best_ids[index]] for index in shared] == [teacher.tokens[at] for at in shared]

@@ -26,6 +26,12 @@ BUILD_TIMEOUT_S = 1800
 ROUND_TIMEOUT_S = 1500.0
 SITES = ("algebra", "graphs", "numerics", "reference")
 
+INSTALLED = """
+import importlib.metadata as m, re
+for d in m.distributions():
+    print(re.sub(r"[-_.]+", "-", d.name).lower() + "==" + d.version.partition("+")[0])
+"""
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -141,6 +147,17 @@ def test_only_the_coordinator_is_published_and_only_on_this_machine(stack: Stack
         for port in service.get("ports", [])
     }
     assert published == {("coordinator", "127.0.0.1", 8700)}
+
+
+@pytest.mark.parametrize("service", ["coordinator", "llm-server", "algebra"])
+def test_an_image_holds_the_pinned_versions_and_no_others(stack: Stack, service: str) -> None:
+    listing = stack.compose("exec", "-T", service, "python", "-c", INSTALLED).stdout
+    pinned = set((REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines())
+    unpinned = {line for line in listing.splitlines() if line not in pinned}
+    names = {line.partition("==")[0] for line in unpinned}
+    of_cuda = {name for name in names if name.startswith(("nvidia-", "cuda-")) or name == "triton"}  # torch pins these
+    of_the_base_image = {"pip", "setuptools", "wheel"}
+    assert names - of_cuda - of_the_base_image == {"fedmkt"}
 
 
 def test_the_coordinators_image_holds_no_torch_and_runs_without_privileges(stack: Stack) -> None:

@@ -45,7 +45,9 @@ def test_four_unlike_sites_and_the_llm_teach_each_other(
             assert site.upload_bytes > 0
             assert sum(taught(finished, site.site).values()) == 16
             assert set(taught(finished, site.site)) <= {"llm", "self", "none"}
-    assert sorted(version.round_id for version in versions if version.round_id) == sorted(one.round_id for one in rounds)
+    assert sorted(version.round_id for version in versions if version.round_id) == sorted(
+        one.round_id for one in rounds
+    )
     kept = [one for one in rounds if one.llm_result and one.llm_result.gate and one.llm_result.gate.decision == "kept"]
     (promoted,) = [version for version in versions if version.promoted]
     assert promoted.round_id == (kept[-1].round_id if kept else None)

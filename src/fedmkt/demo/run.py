@@ -291,14 +291,15 @@ def _controls(demo: Demo, rounds: tuple[RoundView, ...]) -> dict[str, dict[str, 
     def setting(model: ModelSource) -> Setting:
         return Setting(model.source, model.revision, setup.public_file, setup.config, played)
 
-    calls = {"llm": Call(llm_control, {"setting": setting(setup.llm)})}
-    for site in setup.sites:
+    calls = {}
+    for site in setup.sites:  # the LLM's are the shortest and come last, so that no worker ends long before the other
         arguments = {
             "setting": setting(site.model),
             "private_file": site.private_file,
             "private_holdout_share": PRIVATE_HOLDOUT_SHARE,
         }
         calls[site.name] = Call(site_control, arguments)
+    calls["llm"] = Call(llm_control, {"setting": setting(setup.llm)})
     with demo.measure("controls"), _bars(demo.console) as bars:
         return run_calls(calls, workers=WORKERS, on_progress=lambda n, d, t: bars.update(f"control arms of {n}", d, t))
 

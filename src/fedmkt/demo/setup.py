@@ -21,9 +21,9 @@ from fedmkt.protocol import (
     Schedule,
 )
 
-PRIVATE_CHUNKS = 1000
-SLICE_CHUNKS = 32  # of each domain, in each round's slice
-HOLDOUT_CHUNKS = 48  # of each domain
+PRIVATE_CHUNKS = 700
+SLICE_CHUNKS = 26  # of each domain, in each round's slice
+HOLDOUT_CHUNKS = 40  # of each domain
 PUBLIC_CHUNKS = 216  # of each domain, at most; more rounds share them in smaller slices
 PRETRAINING_CHUNKS = SITE_DOMAIN_CHUNKS
 HOLDOUT_SHARE = 0.1  # of a user's own public set
