@@ -188,8 +188,10 @@ def shown() -> str:
 
 def test_the_table_says_where_fedmkt_is_better_and_where_not(shown: str) -> None:
     own = next(line for line in shown.splitlines() if "clinic (own)" in line)
-    assert own.split()[:7] == ["clinic", "clinic", "(own)", "2.000", "1.500", "1.600", "1.400"]
-    assert own.rstrip().endswith("better than public only, worse than self distillation")
+    expected = "clinic clinic (own) 2.000 1.500 1.600 better 1.400 worse 25.0% -> 25.0%"
+    assert own.split() == expected.split()
+    other = next(line for line in shown.splitlines() if line.split()[:1] == ["other"] and "2.750" in line)
+    assert other.split()[3:7] == ["2.750", "same", "2.750", "same"]
 
 
 def test_the_table_says_who_taught_whom(shown: str) -> None:

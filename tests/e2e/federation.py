@@ -98,17 +98,41 @@ class Processes:
         process.send_signal(signal.SIGKILL)
         process.wait()
 
+    def freeze(self, *names: str) -> None:
+        """SIGSTOP: alive and silent, so that a round stays in the state that waits for these."""
+        for name in names:
+            self.running[name].send_signal(signal.SIGSTOP)
+
+    def thaw(self, *names: str) -> None:
+        for name in names:
+            self.running[name].send_signal(signal.SIGCONT)
+
     def begin(self, config: FederationConfig, public_set: bytes, rounds: int) -> None:
         """Coordinator up, federation created, everybody enrolled and started, rounds requested."""
+        self.prepare(config, public_set)
+        self.request(rounds)
+
+    def request(self, rounds: int) -> None:
+        with self.client() as operator:
+            operator.request_rounds(self.federation_id, rounds)
+
+    def prepare(self, config: FederationConfig, public_set: bytes) -> None:
+        """Everything but the request for rounds."""
         self.start("coordinator")
         with self.client() as operator:
             self.federation_id = operator.create_federation(config).federation_id
             operator.put_public_set(self.federation_id, public_set)
             for name in self.sites:
                 self.secret(name, operator.issue_enrolment_token(self.federation_id, name).token)
-            operator.request_rounds(self.federation_id, rounds)
         for name in ("llm-server", *self.sites):
             self.start(name)
+
+    def gather(self, config: FederationConfig, public_set: bytes) -> None:
+        """`prepare`, and wait until every site is ready: rounds that are asked for then begin with all of them."""
+        self.prepare(config, public_set)
+        self.until(
+            lambda: all(site.state == "ready" for site in self.view().sites), "all sites are ready", timeout_s=90
+        )
 
     # ---------------------------------------------------------------------------------------------- secrets, views
 

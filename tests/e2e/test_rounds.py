@@ -16,6 +16,11 @@ def federation(folder: Path, llm: Path, sites: dict[str, SiteFiles], names: list
     return Processes(folder, llm, {name: sites[name] for name in names})
 
 
+def missing(running: Processes) -> tuple[str, ...]:
+    current = running.view().current_round
+    return current.missing if current is not None else ()
+
+
 def taught(finished: RoundView, learner: str) -> dict[str, int]:
     """How many samples each teacher taught `learner` ('llm' or a site) in this round."""
     if learner == "llm":
@@ -92,12 +97,12 @@ def test_killed_site_is_named_missing_and_joins_the_next_round(
     names = ["north", "south"]
     patience = Schedule(quorum=1, collect_timeout_s=45, distill_timeout_s=120, apply_timeout_s=60)
     with federation(tmp_path, tiny_llm, tiny_sites, names) as running:
-        running.begin(small_config(names, schedule=patience), public_set, rounds=2)
-        running.wait_for_state(1, "collecting", timeout_s=120)
+        running.gather(small_config(names, schedule=patience), public_set)
+        running.freeze("south")
+        running.request(2)
+        running.wait_for_state(1, "collecting", timeout_s=60)
         running.kill("south")
-        with_current = running.view().current_round
-        assert with_current is not None
-        assert "south" in with_current.missing
+        running.until(lambda: missing(running) == ("south",), "south alone is missing", timeout_s=60)
         (first,) = running.wait_for_rounds(1, timeout_s=180)[:1]
         assert first.state == "completed"
         assert {site.site: site.state for site in first.sites} == {"north": "applied", "south": "missed"}
@@ -113,8 +118,10 @@ def test_round_under_quorum_fails_and_names_who_was_missing(
     names = ["north", "south"]
     patience = Schedule(quorum=2, collect_timeout_s=15, distill_timeout_s=120, apply_timeout_s=60)
     with federation(tmp_path, tiny_llm, tiny_sites, names) as running:
-        running.begin(small_config(names, schedule=patience), public_set, rounds=1)
-        running.wait_for_state(1, "collecting", timeout_s=120)
+        running.gather(small_config(names, schedule=patience), public_set)
+        running.freeze("south")
+        running.request(1)
+        running.wait_for_state(1, "collecting", timeout_s=60)
         running.kill("south")
         (only,) = running.wait_for_rounds(1, timeout_s=120)
     assert only.state == "failed"
@@ -129,9 +136,20 @@ def test_coordinator_killed_in_any_state_finishes_the_rounds_after_its_restart(
 ) -> None:
     names = ["north", "south"]
     with federation(tmp_path, tiny_llm, tiny_sites, names) as running:
-        running.begin(small_config(names), public_set, rounds=2)
-        running.wait_for_state(1, state, timeout_s=180)
+        running.gather(small_config(names), public_set)
+        running.freeze(*names)  # whoever the present state waits for is frozen, so it cannot pass unseen
+        running.request(2)
+        running.wait_for_state(1, "collecting", timeout_s=60)
+        if state != "collecting":
+            running.freeze("llm-server")
+            running.thaw(*names)
+            running.wait_for_state(1, "distilling", timeout_s=60)
+        if state == "applying":
+            running.freeze(*names)
+            running.thaw("llm-server")
+            running.wait_for_state(1, "applying", timeout_s=60)
         running.kill("coordinator")
+        running.thaw("llm-server", *names)
         running.start("coordinator")
         rounds = running.wait_for_rounds(2, timeout_s=300)
         with running.client() as operator:

@@ -26,4 +26,5 @@ def test_the_coordinator_serves_a_federation_where_torch_is_not_installed(
             assert operator.ready().status == "ok"
             made = operator.create_federation(small_config(list(sites)))
             assert operator.put_public_set(made.federation_id, public_set).samples == 60
-            assert "LLM server" in " ".join(operator.federation(made.federation_id).waits_for)
+            waits_for = operator.request_rounds(made.federation_id).waits_for
+    assert "an LLM server to register its model and vocabulary" in waits_for

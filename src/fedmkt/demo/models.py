@@ -9,7 +9,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fedmkt.demo.texts import Corpus
 from fedmkt.demo.vocabularies import TokenizerKind, as_transformers, train_tokenizer
-from fedmkt.demo.workers import Call, Progress, run_calls
+from fedmkt.demo.workers import Call, Progress, Report, run_calls
 
 FORMAT = 1  # grows when the same recipe would give other models
 POSITIONS = 1024
@@ -110,7 +110,7 @@ def ensure_models(
     *,
     wanted: Collection[str] | None = None,
     workers: int = 2,
-    on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    on_progress: Report = lambda name, done, total: None,
 ) -> dict[str, Path]:
     """Folders of the wanted models (None: all) by name, trained now where the cache lacks them.
 

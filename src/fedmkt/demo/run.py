@@ -42,7 +42,7 @@ QUICK = {
     "FEDMKT_POLL_S": "5",
 }
 WORKERS = 2  # control arms at a time
-PRIVATE_HOLDOUT_SHARE = 0.1
+PRIVATE_HOLDOUT_SHARE = 0.05  # of a site's private text: enough for its gate
 LOG_WIDTH = 140  # of the tables, where no terminal says
 FAILED, INTERRUPTED = 1, 130
 MADE_HERE = ("state", "logs", "data", "report.json")  # what a run replaces in its folder
@@ -66,8 +66,8 @@ class Demo:
     setup: Setup
     console: Console
     household: Household
-    notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str]  # what the household did, newest last
+    seconds: dict[str, float]
     status_urls: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -110,9 +110,9 @@ def _run(options: DemoOptions, console: Console) -> DemoReport:
     with _bars(console) as bars:
         setup = prepare(options, bars.update)
     prepared_s = time.monotonic() - began
-    with Household(on_restart=lambda line: None) as household:
-        demo = Demo(options, setup, console, household, seconds={"prepare": round(prepared_s, 3)})
-        household.on_restart = demo.notes.append
+    notes: list[str] = []
+    with Household(on_restart=notes.append) as household:
+        demo = Demo(options, setup, console, household, notes, {"prepare": round(prepared_s, 3)})
         view, rounds = _federate(demo)
     controls = _controls(demo, rounds) if options.controls else {}
     domains = {site.name: site.domain for site in setup.sites}

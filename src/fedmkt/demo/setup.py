@@ -4,12 +4,13 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fedmkt.demo.models import SITE_DOMAIN_CHUNKS, default_recipes, ensure_models
 from fedmkt.demo.texts import DOMAINS, GENERAL, Corpus, build_corpus, private_jsonl, public_jsonl
+from fedmkt.demo.workers import Report
 from fedmkt.errors import Refusal
 from fedmkt.protocol import (
     DistillationConfig,
@@ -81,9 +82,6 @@ class Setup:
     sites: tuple[SiteSetup, ...]
     public_file: Path
     rounds: int
-
-
-Report = Callable[[str, int, int], None]  # name, done, total
 
 
 def prepare(options: DemoOptions, on_progress: Report) -> Setup:
