@@ -83,8 +83,9 @@ def test_a_service_that_ignores_the_request_is_killed_after_the_grace(tmp_path: 
 
 def test_the_first_service_ends_last(tmp_path: Path) -> None:
     """The others talk to it while they end."""
-    goodbye = "import signal,sys,time\nsignal.signal(signal.SIGTERM, lambda *_: (print(time.time()), sys.exit()))\n"
-    command = [sys.executable, "-c", goodbye + "print('up', flush=True)\ntime.sleep(100)"]
+    goodbye = "import os,signal,sys,time\nsignal.signal(signal.SIGTERM, lambda *_: (print(time.time()), sys.exit()))\n"
+    # One write: `print` makes two, and the request to end may come between a word and its newline.
+    command = [sys.executable, "-c", goodbye + "os.write(1, b'up\\n')\ntime.sleep(100)"]
     with Household(lambda line: None) as household:
         first, second = (household.start(service(tmp_path, command, name)) for name in ("first", "second"))
         wait_until_up(first)
