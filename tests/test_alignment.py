@@ -3,7 +3,9 @@
 import gzip
 import itertools
 import json
+import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,9 @@ from fedmkt.alignment import (
     tokenize_set,
 )
 from fedmkt.knowledge import Knowledge, KnowledgeHeader
-from fedmkt.projection import Entries, through_buckets
+from fedmkt.projection import Table, largest, sorted_rows, summed, through_buckets
 from fedmkt.public_set import PublicSample, PublicSet
+from fedmkt.tokenized_set import runs, take_rows
 from fedmkt.vocab_map import PrefixRelation, VocabMap, build_vocab_map, prefix_relation
 from fedmkt.vocabulary import Vocabulary
 
@@ -55,7 +58,7 @@ def knowledge(
         vocabulary_size=vocabulary_size,
         model_id="test",
         adapter_version=0,
-        top_k=64,
+        top_k=max(64, *map(len, entries)),
         top_p=1.0,
         max_tokens=512,
     )
@@ -161,8 +164,12 @@ def texts_of(*texts: str) -> PublicSet:
     return PublicSet(tuple(PublicSample(str(index), text, 0, index % 2 == 0) for index, text in enumerate(texts)))
 
 
+@pytest.mark.parametrize("block_rows", [1, 90, 1 << 14])
 @pytest.mark.parametrize("names", [("byte_level", "sentencepiece"), ("unigram", "word_piece"), ("unigram", "unigram")])
-def test_a_whole_set_pairs_as_its_samples_do(names: tuple[str, str]) -> None:
+def test_a_whole_set_pairs_as_its_samples_do(
+    names: tuple[str, str], block_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedmkt.alignment.BLOCK_ROWS", block_rows)  # one: every sample is larger than a block
     prose = small.prose(3000)
     found = texts_of(prose[:500], "Où? 日本", prose[500:1200], "x", prose[1200:1500])
     teacher = tokenize_set(small.vocabulary(names[0]), found, [0, 1, 2, 4], 400)
@@ -181,6 +188,29 @@ def test_a_whole_set_pairs_as_its_samples_do(names: tuple[str, str]) -> None:
         ]
     assert pairs.tolist() == expected
     assert (pairs >= 0).sum() > 50
+
+
+@pytest.mark.parametrize(
+    ("splits", "most", "expected"),
+    [
+        ([0], 4, []),
+        ([0, 2, 4, 5], 4, [(0, 2), (2, 3)]),
+        ([0, 9, 10, 10, 11], 4, [(0, 1), (1, 4)]),
+        ([0, 0, 0], 1, [(0, 2)]),
+        ([0, 3, 3, 6], 3, [(0, 2), (2, 3)]),
+    ],
+)
+def test_runs_hold_whole_groups_and_as_many_as_fit(
+    splits: list[int], most: int, expected: list[tuple[int, int]]
+) -> None:
+    assert [(run.start, run.stop) for run in runs(ints(splits), most)] == expected
+
+
+def test_members_of_groups_come_with_the_position_of_their_group() -> None:
+    members, owners = take_rows(ints([0, 2, 2, 5]), np.array([2, 1, 0, 2]))
+    assert members.tolist() == [2, 3, 4, 0, 1, 2, 3, 4]
+    assert owners.tolist() == [0, 0, 0, 2, 2, 3, 3, 3]
+    assert [len(part) for part in take_rows(ints([0, 2]), np.zeros(0, np.int64))] == [0, 0]
 
 
 # ------------------------------------------------------------------------------------------------ tokenised sets
@@ -350,6 +380,50 @@ def test_only_the_largest_entries_stay_and_the_realised_token_always() -> None:
     assert targets.residual.tolist() == [pytest.approx(0.55)]
 
 
+def test_of_equally_large_entries_the_smaller_ids_stay() -> None:
+    given = Table(
+        ints([1, 4, 4, 6, 9, 2, 3, 5, 7, 8]).reshape(2, 5),
+        np.array([[0.2, 0.3, 0.0, 0.2, 0.2], [0.1, 0.4, 0.2, 0.0, 0.0]]),
+    )
+    assert largest(given, 4, ints([0, 0])).mass.tolist() == given.mass.tolist()  # four entries a row, the rest is none
+    assert largest(given, 3, ints([0, 7])).mass.tolist() == [[0.2, 0.3, 0, 0.2, 0], [0.1, 0.4, 0.2, 0, 0]]
+    assert largest(given, 2, ints([9, 2])).mass.tolist() == [[0, 0.3, 0, 0, 0.2], [0.1, 0.4, 0, 0, 0]]
+    assert largest(given, 1, ints([4, 5])).mass.tolist() == [[0, 0.3, 0, 0, 0], [0, 0, 0.2, 0, 0]]
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 2**32))
+def test_largest_agrees_with_sorting_each_row(width: int, limit: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    mass = random.integers(0, 4, (3, width)) / 8  # many ties, and cells without mass
+    table, always = Table(np.tile(np.arange(width, dtype=np.int32), (3, 1)), mass), random.integers(0, 12, 3)
+    found = largest(table, limit, always.astype(np.int32)).mass
+    for row, kept in enumerate(found.tolist()):
+        entries = [(id_ != always[row], -share, id_) for id_, share in enumerate(mass[row].tolist()) if share > 0]
+        expected = {id_: -share for _, share, id_ in sorted(entries)[:limit]}
+        assert {id_: share for id_, share in enumerate(kept) if share > 0} == expected
+
+
+@pytest.mark.parametrize("below", [9, 1 << 20, 1 << 31])  # the last leaves no room for columns in 32 bits
+def test_rows_are_sorted_with_the_columns_they_come_from(below: int) -> None:
+    values = np.array([[5, below - 1, 5, 0], [2, 2, 1, 2]])
+    ordered, columns = sorted_rows(values, below)
+    assert ordered.tolist() == [[0, 5, 5, below - 1], [1, 2, 2, 2]]
+    assert columns.tolist() == [[3, 0, 2, 1], [2, 0, 1, 3]]
+    random = np.random.default_rng(below).integers(0, below, (40, 300))
+    ordered, columns = sorted_rows(random, below)
+    assert columns.tolist() == np.argsort(random, axis=1, kind="stable").tolist()
+    assert ordered.tolist() == np.sort(random, axis=1).tolist()
+
+
+def test_sums_reach_the_first_of_equal_tokens_and_no_other_row() -> None:
+    given = Table(
+        ints([7, 3, 7, 7, 9, 9, 9, 1]).reshape(2, 4), np.array([[0.1, 0.2, 0.3, 0.05], [0.25, 0.25, 0.125, 0.5]])
+    )
+    found = summed(given, 10)
+    assert found.token.tolist() == [[3, 7, 7, 7], [1, 9, 9, 9]]
+    assert found.mass == pytest.approx(np.array([[0.2, 0.45, 0, 0], [0.5, 0.625, 0, 0]]))
+
+
 def prefixes(student: Sequence[bytes], teacher: Sequence[bytes]) -> PrefixRelation:
     """A relation of plain byte-level tokens, through the real builder."""
     words = {token.decode(): index for index, token in enumerate(teacher)}
@@ -378,13 +452,15 @@ def test_prefix_buckets_spread_by_the_students_own_probabilities() -> None:
     assert targets.residual.tolist() == [pytest.approx(0.2)]
 
 
-def test_teacher_ids_with_equal_low_bits_are_told_apart_in_buckets() -> None:
-    entries = Entries(np.array([0, 0]), np.array([3, 1027]), np.array([0.5, 0.3]))
-    own = Entries(np.array([0, 0]), np.array([0, 1]), np.array([0.6, 0.2]))
-    # student token 0 starts with teacher token 1027, token 1 with 2051, which nobody kept
-    given, filled = through_buckets(entries, own, ints([0, 1, 2]), ints([1027, 2051]), 4096)
-    assert (given.id.tolist(), given.mass.tolist(), given.entry.tolist()) == ([0], [0.3], [1])
-    assert filled.tolist() == [False, True]
+def test_a_bucket_is_shared_by_what_the_row_keeps_of_it() -> None:
+    # student tokens in byte order: 2 "a", 0 "ab", 3 "abc", 1 "b"; teacher tokens: 0 "a", 1 "ab", 2 "b", 3 "x"
+    relation = prefixes([b"ab", b"b", b"a", b"abc"], [b"a", b"ab", b"b", b"x"])
+    entries = Table(ints([0, 1, 2, 0, 2, 3]).reshape(2, 3), np.array([[0.4, 0.2, 0.1], [0.5, 0.3, 0.2]]))
+    own = Table(ints([0, 2, 3, 2, 1, 1]).reshape(2, 3), np.array([[0.1, 0.4, 0.3], [0.2, 0.6, 0.0]]))
+    gained, filled = through_buckets(entries, own, relation)
+    # row 0: "a" over "ab", "a", "abc" as 1 : 4 : 3, "ab" over "ab" and "abc" as 1 : 3, and no token starts with "b"
+    assert gained == pytest.approx(np.array([[0.05 + 0.05, 0.2, 0.15 + 0.15], [0.5, 0.3, 0.0]]))
+    assert filled.tolist() == [[True, True, False], [True, True, False]]
 
 
 def test_the_chain_rule_holds_under_prefix_buckets() -> None:
@@ -522,7 +598,10 @@ PAIRS = [
 def test_projection_agrees_with_the_slow_twin(
     names: tuple[str, str], chain_rule: bool, buckets: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedmkt.alignment.CHUNK_ROWS", 37)  # several chunks, one of them short
+    monkeypatch.setattr("fedmkt.alignment.BLOCK_ROWS", 60)
+    monkeypatch.setattr("fedmkt.alignment.PROJECTED_ROWS", 37)  # several blocks, one of them short
+    if seed == 1:
+        monkeypatch.setattr("fedmkt.alignment.PROJECTED_CELLS", 20)  # and most of a few rows, some of one
     random = np.random.default_rng(seed)
     teacher_vocabulary, student_vocabulary = map(small.vocabulary, names)
     prose = small.prose()
@@ -613,6 +692,41 @@ def test_a_sample_cut_before_its_response_needs_no_knowledge() -> None:
     targets = project(sent, teacher, student, mapping, relation=relation, student_knowledge=sent)
     assert targets.row_splits.tolist() == [0, 0, student.rows]
     assert targets.supervised.all()
+
+
+def test_mass_too_small_for_the_targets_is_left_out() -> None:
+    rows = rows_of([(0, 1)])
+    sent = knowledge(rows, [{0: 0.5, 1: 1e-30, 2: 1e-30}], [0.5])
+    tiny = replace(sent, logprobs=np.array([np.log(0.5), -110, -1e4], np.float32))  # exp(-110) is 0 in float32
+    for chain_rule in (True, False):
+        targets = project(tiny, rows, rows, table(IDENTITY), chain_rule=chain_rule)
+        assert as_rows(targets) == [close({0: 0.5})]
+
+
+def test_a_sender_whose_every_token_begins_every_own_one_needs_no_more_memory() -> None:
+    size, rows = 400, rows_of([(index % 400, index + 1) for index in range(120)])
+    row = dict.fromkeys(range(size), 1 / 500)
+    sent = knowledge(rows, [row] * rows.rows, [1 / 500] * rows.rows, size)
+    relation = PrefixRelation(
+        "0" * 64, "1" * 64, np.arange(size, dtype=np.int32), np.zeros(size, np.int32), np.full(size, size, np.int32)
+    )
+    tracemalloc.start()
+    try:
+        targets = project(
+            sent,
+            rows,
+            rows,
+            table([{}] * size),
+            relation=relation,
+            student_knowledge=sent,
+            chain_rule=False,
+            max_entries=size,
+        )
+        peak_mib = tracemalloc.get_traced_memory()[1] / 2**20
+    finally:
+        tracemalloc.stop()
+    assert targets.probs == pytest.approx(np.full(size * rows.rows, 1 / 500), rel=1e-5)
+    assert peak_mib < 200  # 19 million pairs of entries would be 600 at once
 
 
 # ------------------------------------------------------------------------------------------------ gold transfer

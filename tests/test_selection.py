@@ -106,7 +106,11 @@ HONEST: Row = ({5: 0.5, 6: 0.3, 7: 0.1}, 0.3)
         (({5: 0.4}, 0.4), 50, "fewer than 3 tokens that do not reach 0.9"),
     ],
 )
-def test_a_lie_about_the_realised_token_refuses_the_sample_and_no_other(lie: Row, realised: int, reason: str) -> None:
+@pytest.mark.parametrize("block_rows", [1, 3, 8192])  # one: every sample alone, also the one of two rows
+def test_a_lie_about_the_realised_token_refuses_the_sample_and_no_other(
+    lie: Row, realised: int, reason: str, block_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedmkt.selection.VERIFIED_ROWS", block_rows)
     knowledge = said([[HONEST], [HONEST, lie], [HONEST]], [0, 1, 2])
     result = recompute_cross_entropy(knowledge, text_of([[6], [6, realised], [6]], [0, 1, 2]))
     loss = -np.log(0.3) / 2

@@ -1,6 +1,8 @@
 """Vocabulary maps: worked by hand, against slow twins, as hostile bytes, and in the cache."""
 
 import json
+import random
+import re
 import struct
 import subprocess
 import sys
@@ -17,8 +19,8 @@ from rapidfuzz.distance import Levenshtein
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import small_tokenizers as small
-from fedmkt.coverage import CLASSES, Coverage, audit_coverage, token_class
-from fedmkt.edit_distance import token_text
+from fedmkt.coverage import CLASSES, Coverage, audit_coverage, token_class, token_classes
+from fedmkt.edit_distance import nearest, token_text
 from fedmkt.errors import Refusal
 from fedmkt.first_piece import ids_by_bytes
 from fedmkt.map_artifact import MAX_MAP_BYTES, Header, pack
@@ -28,6 +30,7 @@ from fedmkt.vocab_map import (
     MalformedMap,
     MapOutOfRange,
     MapTooLarge,
+    MapTooSlow,
     UnsupportedMapVersion,
     VocabMap,
     WrongPair,
@@ -320,16 +323,69 @@ def test_a_built_map_cannot_be_changed() -> None:
             column[0] = 1
 
 
+# ------------------------------------------------------------------------------------------------ hostile vocabularies
+
+
+def long_and_alike(seed: int, tokens: int, length: int) -> Vocabulary:
+    """Tokens of four letters in random order: every bound lets all of them through."""
+    rng = random.Random(seed)
+    return words(*("".join(rng.choices("abcd", k=length)) for _ in range(tokens)))
+
+
+def test_vocabularies_that_would_take_hours_are_refused_with_both_numbers() -> None:
+    teacher, student = (long_and_alike(seed, 2000, 600) for seed in (1, 2))  # half an hour of edit distances
+    with pytest.raises(
+        MapTooSlow, match=r"\d+ of 2000 tokens are mapped after \d+\.\d s, a map may take 0.5 s"
+    ) as found:
+        build_vocab_map(teacher, student, "mined", limit_s=0.5)
+    assert (found.value.code, found.value.status) == ("vocab_map.too_slow", 422)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_limit_holds_in_every_step_of_every_method(method: MapMethod) -> None:
+    for teacher, student in (("byte_level", "sentencepiece"), ("sentencepiece", "byte_level")):
+        with pytest.raises(MapTooSlow, match="may take 0 s"):
+            build_vocab_map(small.vocabulary(teacher), small.vocabulary(student), method, limit_s=0)
+
+
+def test_a_search_is_interrupted_in_the_middle_of_its_patterns_and_of_its_comparisons() -> None:
+    short, long = (random_words(length) for length in (12, 200))
+    for texts in (short, long):
+        calls = 0
+
+        def stop_at_the_fifth(done: int, total: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 5:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            nearest(texts[:1000], texts[1000:], progress=stop_at_the_fifth)
+
+
+def random_words(length: int) -> list[str]:
+    rng = random.Random(length)
+    return ["".join(rng.choices("abcdefgh", k=length)) for _ in range(2000)]
+
+
 # ------------------------------------------------------------------------------------------------ prefixes
 
 
-def test_the_prefixes_of_each_student_token_are_listed() -> None:
-    teacher = words("t", "the", "th", "Ġ", "hen", specials=("</s>",))
-    student = words("then", "Ġthe", "hen", "x", "t", specials=("</s>",))
+def test_student_tokens_that_begin_alike_stand_side_by_side() -> None:
+    teacher = words("t", "the", "th", "Ġ", "hen", "z", specials=("</s>",))
+    student = words("then", "Ġthe", "hen", "x", "t", "tz", specials=("</s>",))
     relation = prefix_relation(teacher, student)
-    rows = np.split(relation.ids, relation.indptr[1:-1])
-    assert [row.tolist() for row in rows] == [[0, 2, 1], [3], [4], [], [0], []]
-    assert relation.indptr.dtype == relation.ids.dtype == np.int32
+    assert relation.places.tolist() == [3, 0, 1, 5, 2, 4, 6]  # " the", "hen", "t", "then", "tz", "x", </s>
+    assert list(zip(relation.starts.tolist(), relation.stops.tolist(), strict=True)) == [
+        (2, 5),
+        (3, 4),
+        (3, 4),
+        (0, 1),
+        (1, 2),
+        (6, 6),
+        (0, 0),
+    ]
+    assert {column.dtype for column in (relation.places, relation.starts, relation.stops)} == {np.dtype(np.int32)}
     assert (relation.teacher_fingerprint, relation.student_fingerprint) == (teacher.fingerprint, student.fingerprint)
 
 
@@ -337,10 +393,12 @@ def test_the_prefixes_of_each_student_token_are_listed() -> None:
 def test_prefix_relations_of_small_tokenizers_agree_with_brute_force(teacher_name: str, student_name: str) -> None:
     teacher, student = small.vocabulary(teacher_name), small.vocabulary(student_name)
     relation = prefix_relation(teacher, student)
-    for index, token in enumerate(student.tokens):
-        row = relation.ids[relation.indptr[index] : relation.indptr[index + 1]].tolist()
-        expected = [other for other, prefix in enumerate(teacher.tokens) if prefix and token.startswith(prefix)]
-        assert row == sorted(expected, key=lambda other: (len(teacher.tokens[other]), other))
+    by_place = np.argsort(relation.places)
+    assert sorted(relation.places.tolist()) == list(range(student.size))
+    for index, prefix in enumerate(teacher.tokens):
+        run = by_place[relation.starts[index] : relation.stops[index]].tolist()
+        expected = [other for other, token in enumerate(student.tokens) if prefix and token.startswith(prefix)]
+        assert sorted(run) == expected
 
 
 def test_the_relation_of_a_pair_is_computed_once() -> None:
@@ -378,6 +436,30 @@ def test_the_relation_of_a_pair_is_computed_once() -> None:
 def test_the_class_of_a_token_is_told_by_its_text(token: str, kind: str) -> None:
     assert token_class(token.encode()) == kind
     assert kind in CLASSES
+
+
+def slow_class(token: bytes) -> str:
+    try:
+        text = token.decode()
+    except UnicodeDecodeError:
+        return "bytes"
+    body = text[1:] if text[:1].isspace() else text
+    if body.isdecimal():
+        return "digits"
+    if re.fullmatch(r"(?:[^\w\s]|_)+", body):
+        return "punctuation"
+    if any(each.isalpha() and ord(each) > 0x24F and not 0x1E00 <= ord(each) < 0x1F00 for each in body):
+        return "non_latin"
+    return "words" if body.isalpha() and len(body) < len(text) else "other"
+
+
+def test_classes_of_many_tokens_agree_with_one_at_a_time() -> None:
+    rng = random.Random(5)
+    alphabet = [*" a1é日_.\n٣\u3000ß½ªⅣ'😀", *map(chr, range(0x80, 0xD800, 97))]
+    tokens = ["".join(rng.choices(alphabet, k=rng.randint(0, 4))).encode() for _ in range(5000)]
+    tokens += [b"", b" ", b"\xff", b" \xff", b"a\xff", b"\xff ", "日".encode()[:2]]
+    assert [CLASSES[index] for index in token_classes(tokens)] == list(map(slow_class, tokens))
+    assert token_classes([]).tolist() == []
 
 
 def test_part_of_a_character_is_of_the_class_bytes() -> None:

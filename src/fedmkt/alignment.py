@@ -4,31 +4,22 @@ Teacher row j supervises student row i iff both contexts end at the same byte of
 whole public sets with array operations. S samples, R rows, N entries, V vocabulary.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmkt.errors import Refusal
 from fedmkt.knowledge import Knowledge
-from fedmkt.projection import (
-    Contributions,
-    Entries,
-    Realised,
-    apply_chain_rule,
-    joined,
-    largest,
-    summed,
-    take_entries,
-    through_buckets,
-    through_map,
-)
-from fedmkt.tokenized_set import TokenizedSet, response_rows, take_rows, tokenize_set
+from fedmkt.projection import Realised, Table, landed, largest, map_table, summed, take_table
+from fedmkt.tokenized_set import TokenizedSet, response_rows, runs, take_rows, tokenize_set
 from fedmkt.vocab_map import PrefixRelation, VocabMap
 
 __all__ = [
+    "Part",
     "RowsDiffer",
     "SparseTargets",
     "TokenizedSet",
@@ -44,8 +35,9 @@ __all__ = [
 ]
 
 MAX_ENTRIES = 128
-CHUNK_ROWS = 1024  # paired rows projected at once: at 64 entries a row most arrays stay in cache
-FLOOR_LOGPROB = -1000.0  # exp is 0 there; keeps running sums of log-probabilities exact enough
+BLOCK_ROWS = 1 << 14  # aligned at once, one sample at least: everything stays in cache, so time grows with the rows
+PROJECTED_ROWS = 512  # projected at once: the same, for rows of some hundred columns
+PROJECTED_CELLS = 1 << 21  # pairs of a teacher's and an own entry in them, tens of megabytes at worst
 _STRIDE = np.int64(1) << 32  # larger than any byte offset: one key orders (sample, offset)
 
 
@@ -100,11 +92,37 @@ def align_rows(teacher_ends: NDArray[np.integer], student_ends: NDArray[np.integ
 
 def align_set(teacher: TokenizedSet, student: TokenizedSet) -> NDArray[np.int32]:
     """`align_rows` for every sample at once: int32 [R_student], row numbers of the teacher's set, -1 none."""
-    return align_rows(_keys(teacher, teacher.context_ends), _keys(student, student.context_ends))
+    partners = np.empty(student.rows, dtype=np.int32)
+    for theirs, ours in _blocks(teacher, student):
+        found = align_rows(theirs.keys(teacher.context_ends), ours.keys(student.context_ends))
+        partners[ours.rows] = np.where(found >= 0, found + theirs.rows.start, -1)
+    return partners
 
 
-def _keys(rows: TokenizedSet, offsets: NDArray[np.int32]) -> NDArray[np.int64]:
-    return np.repeat(rows.samples.astype(np.int64), np.diff(rows.row_splits)) * _STRIDE + offsets
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some neighbouring samples of one side: their rows, and each row's sample times _STRIDE, int64 [rows]."""
+
+    rows: slice
+    base: NDArray[np.int64]
+
+    def keys(self, offsets: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Byte offsets of all rows of the side as keys that order by sample, then offset: those of these rows."""
+        return self.base + offsets[self.rows]
+
+
+def _blocks(teacher: TokenizedSet, student: TokenizedSet) -> Iterator[tuple[_Block, _Block]]:
+    """Both sides' rows of the same samples, of few enough for the cache; the student's cover all its rows in order."""
+    for ours in runs(student.row_splits, BLOCK_ROWS):
+        start = np.searchsorted(teacher.samples, student.samples[ours.start], side="left")
+        stop = np.searchsorted(teacher.samples, student.samples[ours.stop - 1], side="right")
+        yield _block(teacher, slice(int(start), int(stop))), _block(student, ours)
+
+
+def _block(rows: TokenizedSet, samples: slice) -> _Block:
+    splits = rows.row_splits[samples.start : samples.stop + 1]
+    base = np.repeat(rows.samples[samples] * _STRIDE, np.diff(splits))
+    return _Block(slice(int(splits[0]), int(splits[-1])), base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +137,24 @@ class _Pairs:
 
 
 def _pair(teacher: TokenizedSet, student: TokenizedSet) -> _Pairs:
-    partners = align_set(teacher, student).astype(np.int64)
+    none = np.zeros(0, np.int64)
+    found = [_Pairs(none, none, none, none > 0, none > 0)]
+    found += [_pair_block(teacher, student, *blocks) for blocks in _blocks(teacher, student)]
+    return _Pairs(*(np.concatenate([getattr(part, name) for part in found]) for name in _Pairs.__slots__))
+
+
+def _pair_block(teacher: TokenizedSet, student: TokenizedSet, theirs: _Block, ours: _Block) -> _Pairs:
+    partners = align_rows(theirs.keys(teacher.context_ends), ours.keys(student.context_ends)).astype(np.int64)
     rows = np.flatnonzero(partners >= 0)
     first = partners[rows]
-    gold = _keys(student, student.gold_ends)[rows]
-    ends = _keys(teacher, teacher.gold_ends)
+    gold, ends = ours.keys(student.gold_ends)[rows], theirs.keys(teacher.gold_ends)
     last = np.maximum(np.searchsorted(ends, gold, side="left"), first)
     reached = last < len(ends)
     last = np.minimum(last, max(len(ends) - 1, 0))
     reached &= ends[last] // _STRIDE == gold // _STRIDE
     determined = reached & ((ends[last] == gold) | (last == first))
-    return _Pairs(first, rows, np.where(reached, last, first), reached, determined)
+    start = theirs.rows.start
+    return _Pairs(start + first, ours.rows.start + rows, start + np.where(reached, last, first), reached, determined)
 
 
 # ------------------------------------------------------------------------------------------------ targets
@@ -160,22 +185,20 @@ def project(
     check_same_rows(teacher, teacher_rows)
     own_rows = None if student_knowledge is None else _own_rows(student_knowledge, student_rows)
     pairs = _pair(teacher_rows, student_rows)
+    realised = _realised(teacher, teacher_rows, student_rows, pairs)
+    table = map_table(vocab_map.indptr, vocab_map.ids, vocab_map.weights)
     size = _student_size(vocab_map, student_rows, relation)
+    widths = [np.diff(teacher.entry_splits)[pairs.teacher]]
+    if student_knowledge is not None and own_rows is not None:
+        widths.append(np.diff(student_knowledge.entry_splits)[own_rows[pairs.student]])
     parts = []
-    for chunk in _chunks(len(pairs.student)):
-        rows, at = pairs.teacher[chunk], pairs.student[chunk]
-        entries = take_entries(teacher.entry_splits, teacher.token_ids, teacher.logprobs, rows)
-        own = None
+    for rows in _like_rows(*widths):
+        at, entries, own = pairs.student[rows], _entries(teacher, pairs.teacher[rows]), None
         if student_knowledge is not None and own_rows is not None:
-            own = take_entries(
-                student_knowledge.entry_splits, student_knowledge.token_ids, student_knowledge.logprobs, own_rows[at]
-            )
-        given = _spread(entries, own, vocab_map, relation)
-        gold = student_rows.gold_ids[at].astype(np.int64)
-        if chain_rule:
-            given = apply_chain_rule(given, entries, _realised(teacher, teacher_rows, pairs, chunk, gold))
-        parts.append(largest(*summed(given, len(rows), size), max_entries, gold))
-    return assemble_targets(student_rows, pairs.student, parts)
+            own = _entries(student_knowledge, own_rows[at])
+        given = landed(entries, table, realised.take(rows) if chain_rule else None, own, relation)
+        parts.append(_part(at, largest(summed(given, size), max_entries, student_rows.gold_ids[at])))
+    return assemble_targets(student_rows, parts)
 
 
 def gold_transfer(
@@ -202,64 +225,75 @@ def gold_transfer(
     return float(lands[chosen].mean()) if chosen.any() else 0.0
 
 
-def _chunks(rows: int) -> Iterator[slice]:
-    for start in range(0, rows, CHUNK_ROWS):
-        yield slice(start, min(start + CHUNK_ROWS, rows))
+def _like_rows(*widths: NDArray[np.integer[Any]]) -> Iterator[NDArray[np.int64]]:
+    """Blocks of row numbers [n]; rows with about as many entries come together, so that tables have few empty cells.
+
+    widths: each row's entries on each side, [M]. Everything a block needs is bounded by PROJECTED_CELLS, whatever a
+    sender sends: each of its entries may begin every one of the student's own.
+    """
+    order, start = np.argsort(np.sum(widths, axis=0), kind="stable"), 0
+    while start < len(order):
+        rows = order[start : start + PROJECTED_ROWS]
+        cells = math.prod(int(width[rows].max()) for width in widths)
+        rows = rows[: max(1, PROJECTED_CELLS // cells)]
+        yield rows
+        start += len(rows)
 
 
-def _spread(
-    entries: Entries, own: Entries | None, vocab_map: VocabMap, relation: PrefixRelation | None
-) -> Contributions:
-    if own is None or relation is None:
-        everything = np.arange(len(entries.token))
-        return through_map(entries, everything, vocab_map.indptr, vocab_map.ids, vocab_map.weights)
-    teacher_size = len(vocab_map.indptr) - 1
-    spread, filled = through_buckets(entries, own, relation.indptr, relation.ids, teacher_size)
-    mapped = through_map(entries, np.flatnonzero(~filled), vocab_map.indptr, vocab_map.ids, vocab_map.weights)
-    return joined(spread, mapped)
+def _entries(knowledge: Knowledge, rows: NDArray[np.int64]) -> Table:
+    return take_table(knowledge.entry_splits, knowledge.token_ids, knowledge.logprobs, rows)
 
 
-def _realised(
-    teacher: Knowledge, rows: TokenizedSet, pairs: _Pairs, chunk: slice, student_ids: NDArray[np.int64]
-) -> Realised:
-    first, last = pairs.teacher[chunk], pairs.last[chunk]
-    low, high = int(first.min()), int(last.max()) + 1
-    logprobs = np.maximum(teacher.gold_logprobs[low:high].astype(np.float64), FLOOR_LOGPROB)
-    running = np.cumsum(logprobs)
+def _realised(knowledge: Knowledge, teacher: TokenizedSet, student: TokenizedSet, pairs: _Pairs) -> Realised:
+    logprobs = knowledge.gold_logprobs.astype(np.float64)
+    longer = pairs.last > pairs.teacher
+    bounds = np.stack([pairs.teacher[longer], pairs.last[longer]], axis=1).reshape(-1) + 1
+    later = np.zeros(len(pairs.teacher))
+    later[longer] = np.add.reduceat(np.append(logprobs, 0.0), bounds)[::2]
     return Realised(
-        teacher_ids=rows.gold_ids[first].astype(np.int64),
-        student_ids=student_ids,
-        first_mass=np.exp(logprobs[first - low]),
-        later_mass=np.exp(np.minimum(running[last - low] - running[first - low], 0.0)),
-        reached=pairs.reached[chunk],
-        determined=pairs.determined[chunk],
+        teacher_ids=teacher.gold_ids[pairs.teacher],
+        student_ids=student.gold_ids[pairs.student],
+        first_mass=np.exp(logprobs[pairs.teacher]),
+        later_mass=np.exp(np.minimum(later, 0.0)),
+        reached=pairs.reached,
+        determined=pairs.determined,
     )
 
 
-def assemble_targets(
-    student_rows: TokenizedSet,
-    rows: NDArray[np.int64],
-    parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]],
-) -> SparseTargets:
-    """Targets from parts of (entry counts [m], ids, mass) for the row numbers `rows` [sum of m], in that order."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Targets of m rows: their numbers, how many entries each has and their mass, [m]; ids and probs row after row."""
+
+    rows: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    total: NDArray[np.float64]
+    ids: NDArray[np.int32]
+    probs: NDArray[np.float32]
+
+
+def _part(rows: NDArray[np.int64], kept: Table) -> Part:
+    """The cells of a table that have mass, unless it is too small for the targets' float32."""
+    probs = kept.mass.astype(np.float32)
+    cells = np.flatnonzero(probs > 0)
+    counts = np.diff(np.searchsorted(cells, np.arange(0, probs.size + 1, probs.shape[1])))
+    return Part(rows, counts, kept.mass.sum(axis=1), kept.token.reshape(-1).take(cells), probs.reshape(-1).take(cells))
+
+
+def assemble_targets(student_rows: TokenizedSet, parts: Sequence[Part]) -> SparseTargets:
+    """Targets from parts that have each row once at most; a row without entries is not supervised."""
     counts = np.zeros(student_rows.rows, dtype=np.int64)
-    residual = np.zeros(student_rows.rows, dtype=np.float64)
-    position = 0
-    for row_counts, _, mass in parts:
-        at = rows[position : position + len(row_counts)]
-        counts[at] = row_counts
-        total = np.bincount(np.repeat(np.arange(len(row_counts)), row_counts), mass, len(row_counts))
-        residual[at] = np.maximum(1.0 - total, 0.0)
-        position += len(row_counts)
+    residual = np.zeros(student_rows.rows, dtype=np.float32)
+    for part in parts:
+        counts[part.rows] = part.counts
+        residual[part.rows] = np.maximum(1.0 - part.total, 0.0)
     supervised = counts > 0
-    return SparseTargets(
-        row_splits=student_rows.row_splits,
-        splits=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-        ids=np.concatenate([ids for _, ids, _ in parts] or [np.zeros(0, np.int64)]).astype(np.int32),
-        probs=np.concatenate([mass for _, _, mass in parts] or [np.zeros(0)]).astype(np.float32),
-        residual=np.where(supervised, residual, 0.0).astype(np.float32),
-        supervised=supervised,
-    )
+    residual[~supervised] = 0.0
+    splits = np.concatenate([[0], np.cumsum(counts)])
+    ids, probs = np.empty(splits[-1], dtype=np.int32), np.empty(splits[-1], dtype=np.float32)
+    for part in parts:
+        places, _ = take_rows(splits, part.rows)
+        ids[places], probs[places] = part.ids, part.probs
+    return SparseTargets(student_rows.row_splits, splits.astype(np.int32), ids, probs, residual, supervised)
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -289,4 +323,4 @@ def _own_rows(knowledge: Knowledge, rows: TokenizedSet) -> NDArray[np.int64]:
 
 def _student_size(vocab_map: VocabMap, rows: TokenizedSet, relation: PrefixRelation | None) -> int:
     sizes = [int(vocab_map.ids.max(initial=0)), int(rows.gold_ids.max(initial=0))]
-    return max([*sizes, 0 if relation is None else len(relation.indptr) - 1]) + 1
+    return max([*sizes, 0 if relation is None else len(relation.places)]) + 1

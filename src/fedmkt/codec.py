@@ -261,9 +261,9 @@ def from_grid(
     """
     counts = np.diff(splits)
     kept = np.where(counts < vocabulary_size, LOG_KEPT[tails], 0.0)
-    largest = kept - np.log(np.add.reduceat(LEVEL_ODDS[levels], splits[:-1]))
+    largest = kept - np.log(np.add.reduceat(LEVEL_ODDS.take(levels), splits[:-1]))
     logprobs = np.repeat(largest, counts)
-    logprobs -= LEVEL_NATS[levels]
+    logprobs -= LEVEL_NATS.take(levels)
     return logprobs.astype(np.float32), (largest - LEVEL_NATS[gold_levels]).astype(np.float32)
 
 

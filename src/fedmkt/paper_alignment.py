@@ -9,17 +9,14 @@ The reference implementation puts that mass on the token the context already end
 itself. Here it is the token that the text realises next. Its greedy variant and its other faults are left out.
 """
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from fedmkt.alignment import SparseTargets, assemble_targets, check_same_rows
+from fedmkt.alignment import Part, SparseTargets, assemble_targets, check_same_rows
 from fedmkt.knowledge import Knowledge
-from fedmkt.projection import take_entries
-from fedmkt.tokenized_set import TokenizedSet
+from fedmkt.tokenized_set import TokenizedSet, take_rows
 from fedmkt.vocab_map import VocabMap
 from fedmkt.vocabulary import Vocabulary
 
@@ -46,9 +43,9 @@ def project_paper(
     mass = np.concatenate([mass, np.ones(int(bare.sum()))])
     order = np.lexsort((ids, rows))
     counts = np.bincount(rows, minlength=len(taught))
-    part = (counts.astype(np.int64), ids[order].astype(np.int64), mass[order])
-    targets = assemble_targets(student_rows, np.arange(len(taught)), [part])
-    return replace(targets, residual=np.zeros(len(taught), dtype=np.float32))
+    whole = np.ones(len(taught))
+    part = Part(np.arange(len(taught)), counts, whole, ids[order], mass[order].astype(np.float32))
+    return assemble_targets(student_rows, [part])
 
 
 def _partners(
@@ -134,9 +131,10 @@ def _copied(
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64]]:
     """Row, id and renormalised mass of the entries copied from partner rows; the most probable of a collision wins."""
     rows = np.flatnonzero(partners >= 0)
-    entries = take_entries(teacher.entry_splits, teacher.token_ids, teacher.logprobs, partners[rows])
-    row, ids, mass = rows[entries.row], best_ids[entries.token], entries.mass
-    order = np.lexsort((entries.token, -mass, row))
+    members, owners = take_rows(teacher.entry_splits, partners[rows])
+    tokens, mass = teacher.token_ids[members], np.exp(teacher.logprobs[members].astype(np.float64))
+    row, ids = rows[owners], best_ids[tokens]
+    order = np.lexsort((tokens, -mass, row))
     order = order[ids[order] >= 0]
     keys = row[order] * (np.int64(1) << 32) + ids[order]
     _, first = np.unique(keys, return_index=True)

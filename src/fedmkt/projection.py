@@ -1,7 +1,10 @@
 """How the mass of one teacher row lands on student tokens: vocabulary map, prefix buckets, chain rule.
 
-Legend: M paired rows of a chunk, E teacher entries in them, C contributions (row, student id, mass), float64
-throughout. Nothing here knows of samples or texts; `fedmkt.alignment` pairs the rows.
+Legend: B paired rows of a block, W columns, M paired rows of everything, V vocabulary; masses are float64.
+Nothing here knows of samples or texts; `fedmkt.alignment` pairs the rows.
+
+Rows stand in tables padded to one width: numpy sorts many short rows 20 times faster than one long list, and what would
+be index arithmetic is arithmetic on columns. A cell without mass is no entry, whatever its token.
 
 **Chain rule** (DESIGN.md 5.4). At a paired row both contexts end at byte a. The text goes on with the teacher's tokens
 u0 u1 ... (log-probabilities known for each realised one) and with the student's token g, which ends at byte b. Let the
@@ -20,36 +23,35 @@ Example: the text goes on with "the"; the teacher says u0 = "th" with p0 = 0.5, 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmkt.tokenized_set import take_rows
-
-_SIEVE_BITS = 10  # of a token id: 16 times the entries of a row at k = 64
+from fedmkt.prefixes import PrefixRelation
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 Flags = NDArray[np.bool_]
+Numbers = NDArray[np.integer[Any]]
+Words = NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Entries:
-    """E teacher entries of M rows: row [E] ascending, token [E] strictly ascending within a row, mass [E]."""
+class Table:
+    """Tokens int32 and their mass, both [B, W]."""
 
-    row: Longs
-    token: Longs
+    token: Ints
     mass: Floats
 
 
 @dataclass(frozen=True, slots=True)
-class Contributions:
-    """C shares of mass: the row they go to, the student id, the mass, and the teacher entry they come from."""
+class MapTable:
+    """A vocabulary map with m columns for every teacher id: ids int32 and weights float64, both [V_teacher, m]."""
 
-    row: Longs
-    id: Longs
-    mass: Floats
-    entry: Longs
+    ids: Ints
+    weights: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,132 +62,223 @@ class Realised:
     reached: the teacher's rows reach b; determined: J is g's exact share (see the module's text).
     """
 
-    teacher_ids: Longs
-    student_ids: Longs
+    teacher_ids: Ints
+    student_ids: Ints
     first_mass: Floats
     later_mass: Floats
     reached: Flags
     determined: Flags
 
-
-def take_entries(
-    entry_splits: NDArray[np.int32], token_ids: NDArray[np.int32], logprobs: NDArray[np.float32], rows: Longs
-) -> Entries:
-    """The kept entries of `rows` as probabilities; a row whose sum exceeds 1 by rounding is scaled to 1."""
-    members, owners = take_rows(entry_splits, rows)
-    mass = np.exp(logprobs[members].astype(np.float64))
-    total = np.bincount(owners, mass, len(rows))
-    return Entries(owners, token_ids[members].astype(np.int64), mass / np.maximum(total, 1.0)[owners])
+    def take(self, rows: Longs) -> "Realised":
+        return Realised(*(getattr(self, name)[rows] for name in self.__slots__))
 
 
-def through_map(
-    entries: Entries, chosen: Longs, indptr: NDArray[np.int32], ids: NDArray[np.int32], weights: NDArray[np.float32]
-) -> Contributions:
-    """Carry the entries at positions `chosen` through a CSR map; an entry with an empty map row contributes nothing."""
-    members, owners = take_rows(indptr, entries.token[chosen])
-    source = chosen[owners]
-    mass = entries.mass[source] * weights[members].astype(np.float64)
-    return Contributions(entries.row[source], ids[members].astype(np.int64), mass, source)
+# ------------------------------------------------------------------------------------------------ tables
 
 
-def through_buckets(
-    entries: Entries,
-    student: Entries,
-    indptr: NDArray[np.int32],
-    prefixes: NDArray[np.int32],
-    teacher_vocabulary_size: int,
-) -> tuple[Contributions, Flags]:
-    """Spread each entry u over the student's kept entries that start with u, in proportion to their own mass.
+def take_table(entry_splits: Ints, token_ids: Ints, logprobs: NDArray[np.float32], rows: Longs) -> Table:
+    """The kept entries of `rows` as probabilities, tokens ascending; what exceeds 1 by rounding is scaled to 1."""
+    starts = entry_splits[rows].astype(np.int64)
+    counts = entry_splits[rows + 1] - starts
+    columns = np.arange(counts.max())
+    places = starts[:, None] + columns
+    mass = logprobs.take(places, mode="clip").astype(np.float64)
+    np.exp(mass, out=mass)
+    if counts.min() < len(columns):
+        mass *= columns < counts[:, None]
+    total = mass.sum(axis=1)
+    over = np.flatnonzero(total > 1.0)
+    mass[over] /= total[over, None]
+    return Table(token_ids.take(places, mode="clip"), mass)
 
-    indptr, prefixes: CSR student id -> teacher ids whose bytes are a prefix of it. Returns the contributions and, bool
-    [E], which entries found a bucket (the student keeps at least one token that starts with them).
+
+def map_table(indptr: Ints, ids: Ints, weights: NDArray[np.float32]) -> MapTable:
+    """A CSR map as a table; weight 0 beyond a row's end. A map has at most 4 ids a row (`fedmkt.vocab_map`)."""
+    counts = np.diff(indptr)
+    filled = np.arange(max(1, counts.max(initial=0))) < counts[:, None]
+    table = MapTable(np.zeros(filled.shape, np.int32), np.zeros(filled.shape))
+    table.ids[filled], table.weights[filled] = ids, weights
+    return table
+
+
+def sorted_rows(values: Numbers, below: int) -> tuple[Words, Words]:
+    """Each row of `values` [B, W], integers in [0, below), in ascending order, and the columns that they come from."""
+    columns = np.arange(values.shape[1], dtype=np.uint32)
+    return sorted_pairs(values, columns, below, values.shape[1])
+
+
+def sorted_pairs(first: Numbers, second: Numbers, first_below: int, second_below: int) -> tuple[Words, Words]:
+    """Within each row, pairs of integers >= 0 by `first`, then by `second`: both [B, W] of one unsigned type.
+
+    Both share a word, since sorting plain numbers is several times faster than an argsort, and most of all short rows
+    of 32-bit words. The two bounds, as powers of two, must stay below 2^64 together.
     """
-    members, owners = take_rows(indptr, student.token)
-    rows, wanted = student.row[owners], prefixes[members]
-    likely = _likely(entries, rows, wanted)
-    owners = owners[likely]
-    wanted = rows[likely] * teacher_vocabulary_size + wanted[likely]
-    present = entries.row * teacher_vocabulary_size + entries.token
-    found = np.searchsorted(present, wanted)
-    hit = np.flatnonzero(present[np.minimum(found, len(present) - 1)] == wanted) if len(present) else found[:0]
-    entry, own = found[hit], owners[hit]
-    total = np.bincount(entry, student.mass[own], len(entries.token))
-    filled = total > 0
-    share = student.mass[own] / np.where(filled, total, 1.0)[entry]
-    return Contributions(entries.row[entry], student.token[own], entries.mass[entry] * share, entry), filled
+    bits = (second_below - 1).bit_length()
+    kind = np.uint32 if first_below << bits <= 1 << 32 else np.uint64
+    words: Words = first.astype(kind)
+    words <<= kind(bits)
+    words |= second.astype(kind)
+    words.sort(axis=1)
+    return words >> kind(bits), words & kind((1 << bits) - 1)
 
 
-def _likely(entries: Entries, rows: Longs, tokens: NDArray[np.int32]) -> Longs:
-    """Positions of the pairs (row, token) that may be among the entries; most of the others are sieved out.
+def flat(columns: Numbers, width: int) -> Longs:
+    """The flat cells of a table of `width` columns that stand in these columns [B, n]."""
+    return columns + np.arange(0, len(columns) * width, width)[:, None]
 
-    By a table of a row's token ids modulo its width, which stays in cache; nine tenths need no search after it.
+
+# ------------------------------------------------------------------------------------------------ where mass lands
+
+
+def landed(
+    entries: Table, table: MapTable, realised: Realised | None, own: Table | None, relation: PrefixRelation | None
+) -> Table:
+    """The teacher's mass on student tokens; a token may stand in several columns of a row.
+
+    realised: of these rows, for the chain rule, None without it; own and relation: for prefix buckets, None without.
+    Takes the mass of the realised teacher tokens out of `entries`.
     """
-    height = 1 + max(int(entries.row.max(initial=-1)), int(rows.max(initial=-1)))
-    seen = np.zeros(height << _SIEVE_BITS, dtype=bool)
-    last = (1 << _SIEVE_BITS) - 1
-    seen[(entries.row << _SIEVE_BITS) | (entries.token & last)] = True
-    return np.flatnonzero(seen[(rows << _SIEVE_BITS) | (tokens & last)])
+    if realised is None:
+        return _spread(entries, table, own, relation)
+    first = apply_chain_rule(entries, table, realised, own, relation)
+    rest = _spread(entries, table, own, relation)
+    shared = 0 if own is None else own.token.shape[1]  # both begin with the student's own tokens
+    rest.mass[:, :shared] += first.mass[:, :shared]
+    return _beside(rest, Table(first.token[:, shared:], first.mass[:, shared:]))
 
 
-def joined(first: Contributions, second: Contributions) -> Contributions:
-    return Contributions(
-        np.concatenate([first.row, second.row]),
-        np.concatenate([first.id, second.id]),
-        np.concatenate([first.mass, second.mass]),
-        np.concatenate([first.entry, second.entry]),
-    )
+def _spread(entries: Table, table: MapTable, own: Table | None, relation: PrefixRelation | None) -> Table:
+    """Columns of the student's own tokens, if any, then those of the map."""
+    if own is None or relation is None:
+        return through_map(entries, table)
+    mass, filled = through_buckets(entries, own, relation)
+    left = Table(entries.token, np.where(filled, 0.0, entries.mass))
+    return _beside(Table(own.token, mass), through_map(left, table))
 
 
-def apply_chain_rule(given: Contributions, entries: Entries, realised: Realised) -> Contributions:
-    """Move the mass of each row's realised teacher token as the module's text says."""
-    rows = len(realised.student_ids)
-    gold_entry = entries.token == realised.teacher_ids[entries.row]
-    of_gold = gold_entry[given.entry]
-    on_gold = given.id == realised.student_ids[given.row]
-    kept = np.bincount(entries.row[gold_entry], entries.mass[gold_entry], rows)
-    cut = np.bincount(entries.row[gold_entry], minlength=rows) == 0
-    tail = np.maximum(1.0 - np.bincount(entries.row, entries.mass, rows), 0.0)
-    first = np.where(cut, np.minimum(realised.first_mass, tail), kept)
+def _beside(left: Table, right: Table) -> Table:
+    return Table(np.concatenate([left.token, right.token], axis=1), np.concatenate([left.mass, right.mass], axis=1))
 
-    there, elsewhere = of_gold & on_gold, of_gold & ~on_gold
-    mapped = np.bincount(given.row[there], given.mass[there], rows)
-    other = np.bincount(given.row[elsewhere], given.mass[elsewhere], rows)
+
+def through_map(entries: Table, table: MapTable) -> Table:
+    """Carry entries through a map of m columns: [B, W m], the m cells of an entry side by side."""
+    height, width = entries.token.shape
+    columns = table.ids.shape[1]
+    mass = table.weights.take(entries.token, axis=0)
+    mass *= entries.mass[:, :, None]
+    ids = table.ids.take(entries.token, axis=0)
+    return Table(ids.reshape(height, width * columns), mass.reshape(height, width * columns))
+
+
+def through_buckets(entries: Table, own: Table, relation: PrefixRelation) -> tuple[Floats, Flags]:
+    """Spread each entry u over the student's own entries that start with u, in proportion to their own mass.
+
+    Returns what each of the student's own entries gains, float64 [B, W_own], and which of the teacher's found a bucket
+    (the student keeps at least one token that starts with them), bool [B, W].
+    """
+    order, first, counts = (part.reshape(-1) for part in _runs(entries, own, relation))
+    entry = np.repeat(np.arange(counts.size), counts)
+    first -= np.cumsum(counts) - counts
+    cells = order.take(np.arange(len(entry)) + first.take(entry))
+    chances = own.mass.reshape(-1).take(cells)
+    total = np.bincount(entry, chances, counts.size)
+    filled: Flags = total > 0
+    total[~filled] = 1.0
+    chances *= (entries.mass.reshape(-1) / total).take(entry)
+    gained = np.bincount(cells, chances, own.token.size).astype(np.float64)  # of integers where there is no hit
+    return gained.reshape(own.token.shape), filled.reshape(entries.token.shape)
+
+
+def _runs(entries: Table, own: Table, relation: PrefixRelation) -> tuple[Longs, Longs, Longs]:
+    """Which of the student's own entries start with each of the teacher's.
+
+    Returns the own entries' flat cells in byte order within each row, [B, W_own]; and of those that start with an
+    entry, which stand side by side in that order, the place of the first and how many they are, both [B, W]. Own tokens
+    and the bounds of these runs are sorted together, and how many own ones stand before a bound is sorted back.
+    """
+    width, kept = entries.token.shape[1], own.token.shape[1]
+    places = relation.places.take(own.token)
+    bounds = [relation.starts.take(entries.token), relation.stops.take(entries.token)]
+    values = np.concatenate([places, *bounds], axis=1)
+    values *= 2
+    values[:, :kept] += 1  # a bound stands before the own token at the same place
+    _, columns = sorted_rows(values, 2 * len(relation.places) + 2)
+    passed = np.cumsum((columns < kept).astype(np.int32), axis=1, dtype=np.int32)
+    _, before = sorted_pairs(columns, passed, values.shape[1], kept + 1)
+    _, order = sorted_rows(places, len(relation.places))
+    first, stop = before[:, kept : kept + width], before[:, kept + width :]
+    return flat(order, kept), flat(first, kept), (stop - first).astype(np.int64)
+
+
+def apply_chain_rule(
+    entries: Table, table: MapTable, realised: Realised, own: Table | None, relation: PrefixRelation | None
+) -> Table:
+    """Where the mass of each row's realised teacher token lands, as the module's text says; `entries` lose that mass.
+
+    Columns: the student's own tokens, if any, those of the map, and g.
+    """
+    is_first = (entries.token == realised.teacher_ids[:, None]) & (entries.mass > 0)
+    tail = np.maximum(1.0 - entries.mass.sum(axis=1), 0.0)
+    kept = entries.mass.sum(axis=1, where=is_first)
+    entries.mass[is_first] = 0.0
+    first = np.where(is_first.any(axis=1), kept, np.minimum(realised.first_mass, tail))
+
+    given = _spread_first(Table(realised.teacher_ids[:, None], kept[:, None]), table, own, relation)
+    on_gold = given.token == realised.student_ids[:, None]
+    mapped, other = given.mass.sum(axis=1, where=on_gold), given.mass.sum(axis=1, where=~on_gold)
     joint = first * realised.later_mass
     share = np.where(realised.determined, joint, np.maximum(joint, mapped))
     share = np.where(realised.reached, share, mapped)
     room = np.maximum(first - share, 0.0)
     scale = np.where(realised.reached & (other > room), room / np.where(other > 0, other, 1.0), 1.0)
-
-    mass = np.where(elsewhere, given.mass * scale[given.row], given.mass)
-    stay, gain = ~there & (mass > 0), np.flatnonzero(share > 0)
-    rest = Contributions(given.row[stay], given.id[stay], mass[stay], given.entry[stay])
-    return joined(rest, Contributions(gain, realised.student_ids[gain], share[gain], np.full(len(gain), -1)))
+    others = Table(given.token, np.where(on_gold, 0.0, given.mass * scale[:, None]))
+    return _beside(others, Table(realised.student_ids[:, None], share[:, None]))
 
 
-def summed(given: Contributions, rows: int, student_vocabulary_size: int) -> tuple[Longs, Longs, Floats]:
-    """Sum colliding mass. Returns counts int64 [M], and ids and masses by row, ids strictly ascending within a row.
+def _spread_first(first: Table, table: MapTable, own: Table | None, relation: PrefixRelation | None) -> Table:
+    """`_spread` for tables of one column, which need no sorting."""
+    mapped = through_map(first, table)
+    if own is None or relation is None:
+        return mapped
+    places = relation.places.take(own.token)
+    chances = own.mass * ((places >= relation.starts[first.token]) & (places < relation.stops[first.token]))
+    total = chances.sum(axis=1, keepdims=True)
+    mapped.mass[total[:, 0] > 0] = 0.0
+    chances *= first.mass / np.where(total > 0, total, 1.0)
+    return _beside(Table(own.token, chances), mapped)
 
-    M * V * 2C must stay below 2^63: 1024 rows, the largest vocabulary and 2^31 contributions do.
+
+# ------------------------------------------------------------------------------------------------ what is kept
+
+
+def summed(given: Table, vocabulary_size: int) -> Table:
+    """Sum colliding mass: in each row tokens ascending, all of a token's mass in one cell, the others without any."""
+    words, columns = sorted_rows(given.token, vocabulary_size)
+    mass = given.mass.reshape(-1).take(flat(columns, given.token.shape[1]))
+    again = np.zeros(words.shape, np.bool_)
+    np.equal(words[:, 1:], words[:, :-1], out=again[:, 1:])
+    repeats = np.flatnonzero(again)
+    if len(repeats):
+        cells = mass.reshape(-1)
+        heads = np.flatnonzero(np.diff(repeats, prepend=-2) != 1)  # each run of repeats follows the cell it repeats
+        cells[repeats[heads] - 1] += np.add.reduceat(cells[repeats], heads)
+        cells[repeats] = 0.0
+    return Table(words.astype(np.int32), mass)
+
+
+def largest(given: Table, limit: int, always: Ints) -> Table:
+    """Keep at most `limit` entries a row, the largest (ties: smaller id) and always the id in `always` [B].
+
+    given: as `summed` gives it. The others lose their mass.
     """
-    keys = given.row * student_vocabulary_size + given.id
-    bits = len(
-        keys
-    ).bit_length()  # each key with its place below it: sorting numbers is faster than argsort, and stable
-    packed = np.sort((keys << bits) | np.arange(len(keys)))
-    keys, order = packed >> bits, packed & ((1 << bits) - 1)
-    heads = np.flatnonzero(np.concatenate([np.ones(min(1, len(keys)), bool), keys[1:] != keys[:-1]]))
-    mass = np.add.reduceat(given.mass[order], heads) if len(heads) else np.zeros(0)
-    row, ids = np.divmod(keys[heads], student_vocabulary_size)
-    return np.bincount(row, minlength=rows), ids, mass
-
-
-def largest(counts: Longs, ids: Longs, mass: Floats, limit: int, always: Longs) -> tuple[Longs, Longs, Floats]:
-    """Keep at most `limit` entries a row, the largest (ties: smaller id) and always the id in `always` [M]."""
-    if not len(counts) or counts.max() <= limit:
-        return counts, ids, mass
-    row = np.repeat(np.arange(len(counts)), counts)
-    order = np.lexsort((ids, np.where(ids == always[row], -np.inf, -mass), row))
-    starts = np.cumsum(counts) - counts
-    keep = np.zeros(len(ids), bool)
-    keep[order] = np.arange(len(ids)) - starts[row] < limit  # `row` is the same in sorted order: rows stay together
-    return np.bincount(row[keep], minlength=len(counts)), ids[keep], mass[keep]
+    over = np.flatnonzero(np.count_nonzero(given.mass > 0, axis=1) > limit)
+    if not len(over):
+        return given
+    weight = given.mass[over]
+    weight[(given.token[over] == always[over, None]) & (weight > 0)] = np.inf
+    smallest = np.partition(weight, -limit, axis=1)[:, -limit, None]
+    above, ties = weight > smallest, weight == smallest
+    ties &= np.cumsum(ties, axis=1) <= limit - np.count_nonzero(above, axis=1)[:, None]
+    mass = given.mass.copy()
+    mass[over] *= above | ties
+    return Table(given.token, mass)

@@ -5,7 +5,7 @@ response rows of a sample are all positions j >= 1 whose token begins (where the
 response's first byte. S samples, R rows, T tokens of one text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,8 +61,19 @@ def take_rows(splits: NDArray[np.integer], groups: NDArray[np.integer]) -> tuple
     starts = splits[groups].astype(np.int64)
     counts = splits[groups + 1] - starts
     owners = np.repeat(np.arange(len(groups)), counts)
-    shift = starts - (np.cumsum(counts) - counts)
-    return np.arange(len(owners)) + shift[owners], owners
+    members = np.repeat(starts - (np.cumsum(counts) - counts), counts)
+    members += np.arange(len(members))
+    return members, owners
+
+
+def runs(splits: NDArray[np.integer], most: int) -> Iterator[slice]:
+    """Cuts CSR groups into runs of at most `most` members, each as long as it can be, of one group at least."""
+    start, groups = 0, len(splits) - 1
+    while start < groups:
+        full = int(np.searchsorted(splits, int(splits[start]) + most, side="right")) - 1
+        stop = max(start + 1, full)
+        yield slice(start, stop)
+        start = stop
 
 
 def response_rows(encoding: Encoding, response_start: int) -> Ints:
