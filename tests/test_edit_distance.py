@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from fedmkt import edit_bags, edit_distance, edit_patterns
+from fedmkt import edit_bags, edit_distance, edit_index, edit_patterns
 from fedmkt.edit_distance import nearest, token_text
 from fedmkt.vocabulary import Vocabulary
 
@@ -156,19 +156,21 @@ def test_a_long_query_is_compared_with_short_candidates_only() -> None:
     assert lists(nearest(["q" * 500], ["b", "a", "ccc"])) == ([1], [500])
 
 
+@pytest.mark.parametrize("table_rows", [0, 6, 1000])
 @pytest.mark.parametrize("seed", range(3))
-def test_small_buffers_do_not_change_the_answer(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_buffers_do_not_change_the_answer(seed: int, table_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edit_distance, "PATTERN_NS", 0.0)
     monkeypatch.setattr(edit_patterns, "_HELD_PATTERNS", 50)
     monkeypatch.setattr(edit_patterns, "_CHUNK_PATTERNS", 64)
-    for name, value in {
-        "GROUP_QUERIES": 3,
-        "PAIRS_AT_ONCE": 16,
-        "MANY_PAIRS": 8,
-        "SPARSE_SHARE": 3,
-        "ROWS_BYTES": 900,
-    }.items():
-        monkeypatch.setattr(edit_bags, name, value)
+    for module, name, value in (
+        (edit_bags, "GROUP_QUERIES", 3),
+        (edit_bags, "PAIRS_AT_ONCE", 16),
+        (edit_bags, "MANY_PAIRS", 8),
+        (edit_index, "SPARSE_SHARE", 3),
+        (edit_index, "ROWS_BYTES", 900),
+        (edit_index, "TABLE_BYTES", 130 * table_rows),
+    ):
+        monkeypatch.setattr(module, name, value)
     queries = random_texts(seed, 120, "abcdxyz", 11)
     candidates = random_texts(seed + 50, 130, "abcde", 10)
     assert lists(nearest(queries, candidates)) == slow_nearest(queries, candidates)
@@ -219,7 +221,7 @@ def test_patterns_meet_exactly_when_the_edits_lead_from_one_to_the_other(
     queries = ["".join(rng.choices("abcd", k=5)) for _ in range(60)]
     candidates = sorted("".join(rng.choices("abcd", k=5 - deleted + inserted)) for _ in range(60))
     best = np.full(len(queries), edit_patterns.NOBODY)
-    edit_patterns.join(block(queries), block(candidates), (deleted, inserted), masked, best)
+    edit_patterns.join(block(queries), block(candidates), (deleted, inserted), masked, best, lambda: None)
     for query, winner in zip(queries, best.tolist(), strict=True):
         own = patterns(query, deleted)
         meeting = [rank for rank, other in enumerate(candidates) if own & patterns(other, inserted)]

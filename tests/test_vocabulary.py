@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import small_tokenizers as small
 from fedmkt import public_set, token_bytes, vocabulary
+from fedmkt.cutting_speed import SlowTokenizer
 from fedmkt.token_bytes import UnsupportedVocabulary
 from fedmkt.vocabulary import Encoding, MalformedVocabulary, Vocabulary
 
@@ -324,7 +325,7 @@ def test_the_fingerprint_tells_apart_whatever_cuts_or_means_differently() -> Non
         (Tokenizer(models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>")), "end words with '</w>'"),
         (Tokenizer(models.BPE()), "has no tokens"),
         (small.word_table({"a": 1 << 20}, specials=()), "largest token id is 1048576, at most 1048575"),
-        (Tokenizer(models.BPE({"a" * 5000: 0}, [])), "5000 characters, at most 4096"),
+        (Tokenizer(models.BPE({"a" * 1025: 0}, [])), "1025 characters, at most 1024"),
     ],
 )
 def test_a_tokenizer_that_cannot_take_part_is_refused_with_the_reason(tokenizer: object, words: str) -> None:
@@ -332,6 +333,44 @@ def test_a_tokenizer_that_cannot_take_part_is_refused_with_the_reason(tokenizer:
         Vocabulary.from_tokenizer(tokenizer)  # type: ignore[arg-type]  # wrong on purpose
     assert words in raised.value.detail
     assert raised.value.code == "vocabulary.unsupported"
+
+
+def splitting(pattern: str) -> Tokenizer:
+    tokenizer = small.word_table({"a": 0, "b": 1})
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
+
+
+def test_an_expression_that_slows_a_text_down_is_refused_when_it_arrives() -> None:
+    """Cubic in a run of one letter: 4,096 of them would take minutes."""
+    data = Vocabulary.from_tokenizer(splitting("a*a*a*b|.")).to_bytes()
+    with pytest.raises(
+        SlowTokenizer, match=r"it cuts \d+ characters \('a', repeated\) in .* at most 0\.\d+ s"
+    ) as found:
+        Vocabulary.from_bytes(data)
+    assert found.value.code == "vocabulary.too_slow"
+
+
+def test_an_expression_on_which_the_library_gives_up_is_refused_when_it_arrives() -> None:
+    data = Vocabulary.from_tokenizer(splitting("(a+)+b")).to_bytes()  # exponential
+    with pytest.raises(UnsupportedVocabulary, match="retry-limit"):
+        Vocabulary.from_bytes(data)
+
+
+def test_ordinary_expressions_are_quick_enough() -> None:
+    gpt4 = r"(?i:'s|'t|'re|'ve)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    found = Vocabulary.from_tokenizer(splitting(gpt4))
+    assert Vocabulary.from_bytes(found.to_bytes()) == found
+
+
+def test_text_and_patterns_are_bounded_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnsupportedVocabulary, match=r"patterns have \d+ characters together, at most 16384"):
+        Vocabulary.from_tokenizer(splitting("a" * 16_400))
+    monkeypatch.setattr(token_bytes, "MAX_TEXT_CHARACTERS", 10)
+    with pytest.raises(UnsupportedVocabulary, match="tokens have 11 characters together, at most 10"):
+        Vocabulary.from_tokenizer(small.word_table({"a" * 4: 0}))
 
 
 def test_a_folder_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:

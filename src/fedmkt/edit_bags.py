@@ -1,42 +1,33 @@
 """Nearest strings by a bound from the characters they share, then by comparing whoever the bound lets through.
 
 The distance of strings of n and m characters that have k characters in common, wherever they stand, is at least
-max(n, m) - k, and so at least |n - m|. One row of 0 and 1 per character says which candidates have it; subtracting the
-rows of a query's characters from max(n, m) gives the bound for all candidates at once. Candidates are compared in the
-order of their bound until it exceeds the best distance found, so the result is exact.
+max(n, m) - k, and so at least |n - m|. One row of 0 and 1 per character says which candidates have it; the sum of the
+rows of a query's characters is k for all candidates at once. Candidates are compared in the order of their bound until
+it exceeds the best distance found, so the result is exact.
 
 Legend: C candidates, G queries of one length, W candidates whose lengths come into question, K pairs to compare.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cpdist
 
-Longs = NDArray[np.int64]
-Codes = NDArray[np.unsignedinteger]
-Bounds = NDArray[np.unsignedinteger]
+from fedmkt.edit_index import Alphabet, Codes, Holders, Longs, code_points, padded, text_lengths
 
-GROUP_QUERIES = 64  # searched together: their bounds take a few megabytes
+Tick = Callable[[], None]
+
+GROUP_QUERIES = 192  # searched together, and
+GROUP_BYTES = 24 << 20  # fewer where their bounds would take more than this
 PAIRS_AT_ONCE = 1 << 13  # a table of all of them stays in the cache of one core
+CELLS_AT_ONCE = 1 << 26  # and long strings are fewer: half a second
 MANY_PAIRS = 1 << 16  # worth a look at the candidates of low rank first, and
 LOW_RANKS = 32  # that is the first 1 / 32 of all ranks
 LONGEST_IN_TABLES = 40  # characters; longer strings are few and go one by one
-SPARSE_SHARE = 4096  # a character in fewer than C / 4096 candidates is kept as a list of them, not as a row
-ROWS_BYTES = 256 << 20  # rows kept at one time; a vocabulary of 128,000 tokens needs some 40 MB
 NOBODY = np.iinfo(np.int64).max
 _RANK_BITS = 32
-
-
-def code_points(texts: list[str]) -> NDArray[np.uint32]:
-    """The code points of all texts, one after the other; lone surrogates too."""
-    return np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-
-
-def text_lengths(texts: list[str]) -> Longs:
-    return np.fromiter(map(len, texts), np.int64, len(texts))
 
 
 class Bags:
@@ -45,28 +36,31 @@ class Bags:
     Here they are held by ascending length, ties by rank: those that can be near to a query are one stretch of places.
     """
 
-    def __init__(self, candidates: list[str]) -> None:
+    def __init__(self, candidates: list[str], tick: Tick) -> None:
         lengths = text_lengths(candidates)
         self.ranks = np.argsort(lengths, kind="stable")
         self.lengths = lengths[self.ranks]
         self.texts = [candidates[rank] for rank in self.ranks.tolist()]
+        self.tick = tick
         points = code_points(self.texts)
-        self.alphabet = _Alphabet(points)
+        self.alphabet = Alphabet(points)
         codes = self.alphabet.codes(points)
-        self.holders = _Holders(codes, self.lengths)
-        self.table = _padded(codes, self.lengths, LONGEST_IN_TABLES)
+        self.holders = Holders(codes, self.lengths)
+        self.table = padded(codes, self.lengths, LONGEST_IN_TABLES)
 
     def nearest(self, queries: list[str], at_least: Longs) -> Iterator[tuple[Longs, Longs, Longs]]:
         """Search all queries: yields (numbers of the queries, their ranks, their distances), group after group.
 
         at_least int64 [Q]: no candidate is nearer than this. Every query comes exactly once, in no particular order.
+        `tick()` of the constructor is called at least every few tenths of a second; what it raises ends the search.
         """
         lengths = text_lengths(queries)
         order = np.lexsort((at_least, lengths))
         changes = np.diff(lengths[order]) | np.diff(at_least[order])
+        step = max(1, min(GROUP_QUERIES, GROUP_BYTES // max(1, len(self.texts))))
         for alike in np.split(order, np.flatnonzero(changes) + 1):
-            for start in range(0, alike.size, GROUP_QUERIES):
-                numbers = alike[start : start + GROUP_QUERIES]
+            for start in range(0, alike.size, step):
+                numbers = alike[start : start + step]
                 best = self._search([queries[number] for number in numbers.tolist()], int(at_least[numbers[0]]))
                 yield numbers, best & ((1 << _RANK_BITS) - 1), best >> _RANK_BITS
 
@@ -74,17 +68,16 @@ class Bags:
         """Queries of one length, none nearer to a candidate than `level`: distance << 32 | rank, int64 [G]."""
         best = np.full(len(texts), NOBODY)
         open_ = np.arange(len(texts))
-        compared, window = -1, _Window(self, texts, level + 2)
+        compared, window = -1, _Window(self, texts, level + 1)
         while open_.size:
             if level > window.reach:
                 window = _Window(self, [texts[number] for number in open_.tolist()], 2 * level)
             found = best[open_]
             for lowest, rows, places in self._by_rank(*window.between(compared, level)):
                 going = np.flatnonzero(found[rows] > (level << _RANK_BITS | lowest))
-                if going.size:
-                    rows, places = rows[going], places[going]
-                    keys = window.distances(rows, places) << _RANK_BITS | self.ranks[places]
-                    np.minimum.at(found, rows, keys)
+                for rows_, places_ in window.batches(rows[going], places[going]):
+                    keys = window.distances(rows_, places_) << _RANK_BITS | self.ranks[places_]
+                    np.minimum.at(found, rows_, keys)
             best[open_] = found
             compared, level = level, level + 1
             still = found >> _RANK_BITS > compared
@@ -112,6 +105,7 @@ class _Window:
     """Queries of one length against the candidates whose length differs by at most `reach`."""
 
     def __init__(self, bags: Bags, texts: list[str], reach: int) -> None:
+        bags.tick()
         self.reach = reach
         self._bags, self._texts = bags, texts
         self._length = len(texts[0])
@@ -122,11 +116,7 @@ class _Window:
         longer = np.maximum(self._lengths, self._length)
         self._bounds = np.empty((len(texts), longer.size), np.min_scalar_type(longer.max(initial=0)))  # (G, W)
         self._bounds[:] = longer
-        for bounds, codes in zip(self._bounds, self._codes.tolist(), strict=True):
-            seen: dict[int, int] = {}
-            for code in codes:
-                seen[code] = occurrence = seen.get(code, 0) + 1
-                bags.holders.subtract(code, occurrence, bounds, ends)
+        bags.holders.subtract(self._codes, self._bounds, ends)
 
     def keep(self, rows: NDArray[np.bool_]) -> None:
         self._texts = [text for text, kept in zip(self._texts, rows.tolist(), strict=True) if kept]
@@ -140,19 +130,29 @@ class _Window:
         rows, columns = np.divmod(np.flatnonzero(inside), max(1, inside.shape[1]))
         return rows, columns + self._low
 
+    def batches(self, rows: Longs, places: Longs) -> Iterator[tuple[Longs, Longs]]:
+        """The pairs in batches of a fraction of a second, short candidates first."""
+        if not rows.size:
+            return
+        order = np.argsort(self._bags.lengths[places].astype(np.uint16), kind="stable")  # a radix sort
+        step = max(1, min(PAIRS_AT_ONCE, CELLS_AT_ONCE // max(1, self._length * int(self._lengths[-1]))))
+        for start in range(0, rows.size, step):
+            self._bags.tick()
+            chosen = order[start : start + step]
+            yield rows[chosen], places[chosen]
+
+    def _in_tables(self) -> bool:
+        return max(int(self._lengths[-1]), self._length) <= LONGEST_IN_TABLES
+
     def distances(self, rows: Longs, places: Longs) -> Longs:
-        """Levenshtein distances of pairs, int64 [K]."""
-        longest = int(self._lengths[-1])
-        if max(longest, self._length) > LONGEST_IN_TABLES:
+        """Levenshtein distances of pairs whose candidates come by ascending length, int64 [K]."""
+        if not self._in_tables():
             pairs = [self._texts[row] for row in rows.tolist()], [self._bags.texts[place] for place in places.tolist()]
             return np.asarray(cpdist(*pairs, scorer=Levenshtein.distance, dtype=np.int64))
-        distances = np.empty(rows.size, np.int64)
-        for start in range(0, rows.size, PAIRS_AT_ONCE):
-            part = slice(start, start + PAIRS_AT_ONCE)
-            candidates = np.ascontiguousarray(self._bags.table.take(places[part], axis=0)[:, :longest].T)
-            queries = np.ascontiguousarray(self._codes.take(rows[part], axis=0).T)
-            distances[part] = levenshtein(queries, candidates, self._bags.lengths[places[part]])
-        return distances
+        lengths = self._bags.lengths[places]
+        candidates = np.ascontiguousarray(self._bags.table.take(places, axis=0)[:, : int(lengths[-1])].T)
+        queries = np.ascontiguousarray(self._codes.take(rows, axis=0).T)
+        return levenshtein(queries, candidates, lengths).astype(np.int64)
 
 
 def levenshtein(queries: Codes, candidates: Codes, lengths: Longs) -> NDArray[np.int8]:
@@ -175,78 +175,3 @@ def levenshtein(queries: Codes, candidates: Codes, lengths: Longs) -> NDArray[np
         row, below = below, row
     distances: NDArray[np.int8] = row[lengths, np.arange(pairs)] + lengths.astype(np.int8)
     return distances
-
-
-def _padded(codes: Codes, lengths: Longs, longest: int) -> Codes:
-    """Strings of ascending lengths, one after the other, as a table (C', longest) of those that fit; 0 fills it up."""
-    fitting = lengths[: np.searchsorted(lengths, longest, side="right")]
-    table = np.zeros((fitting.size, longest), codes.dtype)
-    table[np.arange(longest) < fitting[:, None]] = codes[: fitting.sum()]
-    return table
-
-
-class _Alphabet:
-    """Small numbers for the candidates' characters: 1, 2, ...; one more for every other character; 0 for none."""
-
-    def __init__(self, points: NDArray[np.uint32]) -> None:
-        present = np.zeros(0x110000, bool)
-        present[points] = True
-        known = np.flatnonzero(present)
-        self._codes: Codes = np.full(0x110000, known.size + 1, np.uint16 if known.size + 1 < 1 << 16 else np.uint32)
-        self._codes[known] = np.arange(1, known.size + 1)
-
-    def codes(self, points: NDArray[np.uint32]) -> Codes:
-        return self._codes[points]
-
-
-class _Holders:
-    """Which candidates have a character at least once, twice, ...: as a row of 0 and 1, or as a list where few have it.
-
-    codes: those of all candidates, one after the other; lengths int64 [C].
-    """
-
-    def __init__(self, codes: Codes, lengths: Longs) -> None:
-        self._size = lengths.size
-        order = np.argsort(codes, kind="stable")  # of 16-bit integers a radix sort: linear
-        self._places = np.repeat(np.arange(lengths.size), lengths)[order]
-        counts = np.bincount(codes)
-        self._stops = np.cumsum(counts)
-        self._starts = self._stops - counts
-        self._occurrences = _places_in_runs(codes[order], self._places) + 1
-        self._rows = 0
-        self._kept: dict[tuple[int, int], NDArray[np.uint8] | Longs] = {}
-
-    def subtract(self, code: int, occurrence: int, bounds: Bounds, span: Longs) -> None:
-        """Lower by one the bound of each candidate in the `span` of places that has the character so often or more."""
-        holders = self._kept.get((code, occurrence))
-        if holders is None:
-            holders = self._kept[code, occurrence] = self._find(code, occurrence)
-        if holders.dtype == np.uint8:
-            np.subtract(bounds, holders[span[0] : span[1]], out=bounds)
-        elif holders.size:
-            first, last = holders.searchsorted(span)
-            bounds[holders[first:last] - span[0]] -= 1
-
-    def _find(self, code: int, occurrence: int) -> NDArray[np.uint8] | Longs:
-        if code >= self._starts.size:
-            return np.zeros(0, np.int64)
-        run = slice(self._starts[code], self._stops[code])
-        places: Longs = self._places[run][self._occurrences[run] == occurrence]
-        if places.size * SPARSE_SHARE <= self._size:
-            return places
-        self._rows += 1
-        if self._rows * self._size > ROWS_BYTES:
-            self._kept.clear()
-            self._rows = 1
-        row = np.zeros(self._size, np.uint8)
-        row[places] = 1
-        return row
-
-
-def _places_in_runs(first: NDArray[np.integer], second: NDArray[np.integer]) -> Longs:
-    """For each element its place, from 0, within the run of elements that have the same pair of keys."""
-    begins = np.ones(first.size, bool)
-    begins[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
-    here = np.arange(begins.size)
-    places: Longs = here - np.maximum.accumulate(np.where(begins, here, 0))
-    return places

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cpdist
 
-from fedmkt.edit_bags import Bags, code_points, text_lengths
+from fedmkt.edit_bags import Bags
+from fedmkt.edit_index import code_points, text_lengths
 from fedmkt.edit_patterns import MAX_EDITS, NOBODY, Block, character_values, join
 
 Progress = Callable[[int, int], None]
@@ -40,7 +41,8 @@ def nearest(
     """For each query the nearest candidate and its Levenshtein distance in code points: index int32 [Q], int32 [Q].
 
     Insertion, deletion and substitution cost 1 (MinED: FedMKT paper, section 3.2 and appendix B). Ties: the
-    lexicographically smallest candidate, then the smallest index. `progress(done, Q)` is called now and then.
+    lexicographically smallest candidate, then the smallest index. `progress(done, Q)` is called every few
+    hundredths of a second, whether or not `done` has grown; what it raises ends the search.
     Raises ValueError when there are queries but no candidates.
     """
     if queries and not candidates:
@@ -107,6 +109,7 @@ class _Search:
         self.distances = np.full(len(queries), -1, np.int64)
         self._at_least = np.ones(len(queries), np.int64)  # proved: no candidate is nearer
         self._progress = progress
+        self._done = 0
 
     def run(self) -> None:
         short = np.flatnonzero(self.candidates.lengths <= max(LONGEST_BY_PATTERNS.values()))
@@ -137,7 +140,7 @@ class _Search:
                 for inserted in range(distance + 1 - deleted):
                     others = candidates.get(block.length - deleted + inserted)
                     if others is not None:
-                        join(block, others, (deleted, inserted), distance - deleted - inserted, best)
+                        join(block, others, (deleted, inserted), distance - deleted - inserted, best, self._tick)
         found = chosen[best[chosen] < NOBODY]
         true = found[self._compare(found, best[found]) == distance]
         self.ranks[true], self.distances[true] = best[true], distance
@@ -153,9 +156,15 @@ class _Search:
         if not remaining.size:
             return
         texts = [self.queries.texts[query] for query in remaining.tolist()]
-        for numbers, ranks, distances in Bags(self.candidates.texts).nearest(texts, self._at_least[remaining]):
+        for numbers, ranks, distances in Bags(self.candidates.texts, self._report).nearest(
+            texts, self._at_least[remaining]
+        ):
             self.ranks[remaining[numbers]], self.distances[remaining[numbers]] = ranks, distances
             self._report()
 
     def _report(self) -> None:
-        self._progress(int(np.count_nonzero(self.distances >= 0)), len(self.distances))
+        self._done = int(np.count_nonzero(self.distances >= 0))
+        self._tick()
+
+    def _tick(self) -> None:
+        self._progress(self._done, len(self.distances))

@@ -12,7 +12,7 @@ have equal hashes, never the reverse: a caller that needs certainty compares the
 Legend: n characters of a string, N strings of one length, P patterns of one string.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import combinations, product
 from math import comb
@@ -69,7 +69,12 @@ class Block:
         return self.strings * pattern_count(self.length, deleted, masked)
 
     def hashes(
-        self, deleted: int, masked: int, strings: range, sieve: "_Sieve | None" = None
+        self,
+        deleted: int,
+        masked: int,
+        strings: range,
+        tick: Callable[[], None],
+        sieve: "_Sieve | None" = None,
     ) -> Iterator[tuple[Hashes, Indices]]:
         """The patterns of the strings numbered `strings` that may pass the sieve, in chunks.
 
@@ -79,6 +84,7 @@ class Block:
         step = max(1, _CHUNK_PATTERNS // max(1, comb(self.length, edits)))
         orders = [order for order in product((_DELETE, _MASK), repeat=edits) if order.count(_DELETE) == deleted]
         for start in range(strings.start, strings.stop, step):
+            tick()
             columns = slice(start, min(strings.stop, start + step))
             for order in orders:
                 found = self._ordered(order, columns).ravel()
@@ -109,12 +115,20 @@ class Block:
         return self._terms[kind, deleted]
 
 
-def join(queries: Block, candidates: Block, deleted: tuple[int, int], masked: int, best: NDArray[np.int64]) -> None:
+def join(
+    queries: Block,
+    candidates: Block,
+    deleted: tuple[int, int],
+    masked: int,
+    best: NDArray[np.int64],
+    tick: Callable[[], None],
+) -> None:
     """Lower `best[q]` to the smallest candidate id that shares a pattern hash with query id q.
 
     `deleted` says how many characters are deleted from queries and from candidates, `masked` how many are masked in
     both. `best` int64, indexed by the ids of `queries`. The side with fewer patterns becomes a sieve that the patterns
-    of the other side run through, so that only those that may match are ever held.
+    of the other side run through, so that only those that may match are ever held. `tick()` is called every few
+    milliseconds; what it raises ends the join.
     """
     sides = [(queries, deleted[0]), (candidates, deleted[1])]
     if not all(block.count(gone, masked) for block, gone in sides):
@@ -124,9 +138,9 @@ def join(queries: Block, candidates: Block, deleted: tuple[int, int], masked: in
     step = max(1, _HELD_PATTERNS // pattern_count(few.length, few_gone, masked))
     for start in range(0, few.strings, step):
         held = range(start, min(few.strings, start + step))
-        own = _concatenated(few.hashes(few_gone, masked, held))
+        own = _concatenated(few.hashes(few_gone, masked, held, tick))
         sieve = _Sieve(own[0], _MULTIPLIERS[0])
-        for other in _in_pieces(many.hashes(many_gone, masked, range(many.strings), sieve)):
+        for other in _in_pieces(many.hashes(many_gone, masked, range(many.strings), tick, sieve)):
             asking, offering = (own, other) if few is queries else (other, own)
             _settle(queries, candidates, asking, offering, best)
 

@@ -9,6 +9,7 @@ from fedmkt.vocabulary import Encoding, Vocabulary
 # merge the piece with what stands before it; the first context after which it begins a new token is taken.
 CONTEXTS = ("\n", "a", ")", "0")
 BATCH_TEXTS = 4096
+BATCH_CHARACTERS = 1 << 16  # less than a second even for a tokenizer that is just fast enough to be accepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +20,11 @@ class Piece:
     covered: int
 
 
-def ids_by_bytes(student: Vocabulary) -> dict[bytes, int]:
+def ids_by_bytes(student: Vocabulary, tick: Callable[[], None] = lambda: None) -> dict[bytes, int]:
     """The id that stands for each byte string among a vocabulary's ordinary tokens.
 
     Where several ids have the same bytes: the one that the tokenizer itself produces for them, else the smallest.
+    `tick()` is called several times a second; what it raises ends the search.
     """
     chosen: dict[bytes, int] = {}
     repeated: dict[bytes, set[int]] = {}
@@ -30,7 +32,7 @@ def ids_by_bytes(student: Vocabulary) -> dict[bytes, int]:
         if token and chosen.setdefault(token, index) != index:
             repeated.setdefault(token, {chosen[token]}).add(index)
     tokens = [token for token in repeated if _is_text(token)]
-    for token, piece in zip(tokens, _tokenized(student, tokens, lambda done: None), strict=True):
+    for token, piece in zip(tokens, _tokenized(student, tokens, lambda done: tick()), strict=True):
         if piece is not None and piece.id in repeated[token]:
             chosen[token] = piece.id
     return chosen
@@ -80,16 +82,31 @@ def _tokenized(student: Vocabulary, tokens: Sequence[bytes], progress: Callable[
     waiting = list(range(len(tokens)))
     for context, before in _usable_contexts(student):
         still: list[int] = []
-        for start in range(0, len(waiting), BATCH_TEXTS):
-            batch = waiting[start : start + BATCH_TEXTS]
+        done = len(tokens) - len(waiting)
+        for batch in _batches(waiting, tokens):
             texts = [context + tokens[number].decode() for number in batch]
             for number, encoding in zip(batch, student.encode_batch(texts, add_bos=False), strict=True):
                 found[number] = _after(student, before, len(context), encoding)
                 if found[number] is None:
                     still.append(number)
-            progress(len(tokens) - len(waiting) + start + len(batch) - len(still))
+            done += len(batch)
+            progress(done - len(still))
         waiting = still
     return found
+
+
+def _batches(waiting: list[int], tokens: Sequence[bytes]) -> Iterator[list[int]]:
+    """The numbers of the waiting tokens, in batches of bounded number and size."""
+    batch: list[int] = []
+    size = 0
+    for number in waiting:
+        batch.append(number)
+        size += len(tokens[number])
+        if len(batch) == BATCH_TEXTS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _usable_contexts(student: Vocabulary) -> Iterator[tuple[str, list[int]]]:

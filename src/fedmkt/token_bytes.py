@@ -17,7 +17,9 @@ from typing import Any, ClassVar, Literal
 from fedmkt.errors import Refusal
 
 MAX_VOCABULARY_SIZE = 1 << 20
-MAX_TOKEN_CHARACTERS = 4096
+MAX_TOKEN_CHARACTERS = 1024  # the longest of known tokenizers are 512 spaces
+MAX_TEXT_CHARACTERS = 8 << 20  # of all tokens together: the largest known vocabularies have seven million
+MAX_PATTERN_CHARACTERS = 1 << 14  # of all regular expressions together
 MAX_COMPONENTS = 64  # normalizers, pre-tokenizers and decoders, nested ones counted
 MAX_GROWTH = 4096  # a chain of normalizers may make a text at most this many times longer
 
@@ -167,6 +169,11 @@ def check_bounds(tokenizer: dict[str, Any]) -> int:
     longest = max(len(token) for token, _ in tokens)
     if longest > MAX_TOKEN_CHARACTERS:
         raise UnsupportedVocabulary(f"a token has {longest} characters, at most {MAX_TOKEN_CHARACTERS} are allowed")
+    total = sum(len(token) for token, _ in tokens)
+    if total > MAX_TEXT_CHARACTERS:
+        raise UnsupportedVocabulary(
+            f"the tokens have {total} characters together, at most {MAX_TEXT_CHARACTERS} are allowed"
+        )
     _check_components(tokenizer)
     return size
 
@@ -175,6 +182,11 @@ def _check_components(tokenizer: dict[str, Any]) -> None:
     parts = [component for part in _LISTS for component in components(tokenizer, part)]
     if len(parts) > MAX_COMPONENTS:
         raise UnsupportedVocabulary(f"the tokenizer has {len(parts)} components, at most {MAX_COMPONENTS} are allowed")
+    patterns = sum(len(str(part["pattern"])) for part in parts if part.get("pattern"))
+    if patterns > MAX_PATTERN_CHARACTERS:
+        raise UnsupportedVocabulary(
+            f"its patterns have {patterns} characters together, at most {MAX_PATTERN_CHARACTERS} are allowed"
+        )
     growth = 1
     for component in components(tokenizer, "normalizer"):
         added = max(len(str(component.get(key) or "")) for key in ("content", "prepend"))

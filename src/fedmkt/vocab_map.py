@@ -8,6 +8,7 @@ V vocabulary, N mapped pairs.
 
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,7 @@ __all__ = [
     "MalformedMap",
     "MapOutOfRange",
     "MapTooLarge",
+    "MapTooSlow",
     "PrefixRelation",
     "UnsupportedMapVersion",
     "VocabMap",
@@ -55,6 +57,14 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+
+# The largest real vocabularies (128,000 to 260,000 tokens) need 1 to 6 s; only made-up ones reach this.
+MAP_LIMIT_S = 60.0
+
+
+class MapTooSlow(Refusal):
+    code: ClassVar[str] = "vocab_map.too_slow"
+    title: ClassVar[str] = "The vocabulary map would take too long"
 
 
 class WrongPair(Refusal):
@@ -143,30 +153,53 @@ def build_vocab_map(
     *,
     frequencies: NDArray[np.floating] | None = None,
     progress: Progress | None = None,
+    limit_s: float = MAP_LIMIT_S,
 ) -> VocabMap:
     """Map every teacher id to the student. Exact, and the same in every process.
 
     `frequencies` [V_teacher] >= 0, how often each teacher id occurs in some text, adds probability mass to the audit.
     `progress(done, total)` counts teacher ids.
+
+    Vocabularies come from other parties, and tokens that are long and alike cost a search as much as their maker
+    likes: after `limit_s` seconds, looked at several times a second, it raises MapTooSlow.
     """
-    known = ids_by_bytes(student)
+    watch = _Watch(teacher.size, limit_s, progress)
+    known = ids_by_bytes(student, watch.tick)
     best = _equal(teacher, student, known)
     exact = best >= 0
     distances = np.where(exact, 0, -1).astype(np.int32)
     open_ = [index for index, token in enumerate(teacher.tokens) if token and not exact[index]]
     tokens = [teacher.tokens[index] for index in open_]
-    settled = teacher.size - len(open_)
-
-    def report(done: int, _: int = 0) -> None:
-        if progress:
-            progress(settled + done, teacher.size)
-
-    report(0)
+    watch.settled = teacher.size - len(open_)
     find = _mined if method == "mined" else _retokenized
-    best[open_], distances[open_] = find(student, tokens, known, report)
-    report(len(open_))
+    best[open_], distances[open_] = find(student, tokens, known, watch.report)
+    watch.report(len(open_), len(open_))
     audit = audit_coverage(teacher, exact, best >= 0, frequencies)
     return _one_to_one(teacher, student, method, best, distances, audit)
+
+
+class _Watch:
+    """Passes progress on, counted in teacher ids, and ends what takes longer than `limit_s`."""
+
+    def __init__(self, total: int, limit_s: float, progress: Progress | None) -> None:
+        self.settled = 0  # ids that needed no search
+        self._total, self._limit_s, self._progress = total, limit_s, progress
+        self._began, self._shown = time.monotonic(), -1
+
+    def report(self, done: int, _: int) -> None:
+        """`done` of the tokens that have to be searched."""
+        done += self.settled
+        if (elapsed := time.monotonic() - self._began) > self._limit_s:
+            raise MapTooSlow(
+                f"{done} of {self._total} tokens are mapped after {elapsed:.1f} s, a map may take {self._limit_s:g} "
+                "s: the vocabularies have too many long or similar tokens; a real tokenizer's map takes seconds"
+            )
+        if self._progress and done != self._shown:
+            self._shown = done
+            self._progress(done, self._total)
+
+    def tick(self) -> None:
+        self.report(0, 0)
 
 
 _Found = tuple[NDArray[np.int32], NDArray[np.int32]]

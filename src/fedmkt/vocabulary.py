@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding as RawEncoding
 from tokenizers import Tokenizer
 
+from fedmkt.cutting_speed import check_cutting_speed
 from fedmkt.protocol import MAX_VOCABULARY_BYTES
 from fedmkt.token_bytes import (
     UnsupportedVocabulary,
@@ -123,7 +124,7 @@ class Vocabulary:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Vocabulary":
-        """Read an artifact from another party. Nothing in it is trusted: size, shape, ids and growth are bounded."""
+        """Read an artifact from another party. Nothing in it is trusted: size, ids, growth and speed are bounded."""
         if len(data) > MAX_VOCABULARY_BYTES:
             raise MalformedVocabulary(f"the vocabulary has {len(data)} bytes, at most {MAX_VOCABULARY_BYTES} expected")
         content = _parse_object(data)
@@ -137,7 +138,9 @@ class Vocabulary:
         ):
             raise MalformedVocabulary(f"names must map some of {', '.join(NAMES)} to token ids")
         check_bounds(tokenizer)
-        return _build(json.dumps(tokenizer), names)
+        found = _build(json.dumps(tokenizer), names)
+        check_cutting_speed(lambda text: _guarded(found._tokenizer.encode, text, add_special_tokens=False))
+        return found
 
     def encode(
         self, text: str, *, add_bos: bool = True, add_eos: bool = False, max_tokens: int | None = None
