@@ -9,6 +9,9 @@ SHELL := bash
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_WORKERS ?= 2
+MINUTES ?= 2
+SEED ?=
+SECONDS ?= 600
 
 VENV := .venv
 STAMP := $(VENV)/.setup-done
@@ -59,13 +62,22 @@ test: $(STAMP)  ## run every test: units and services side by side, then whole r
 	@mkdir -p runs/test && rm -f runs/test/*
 	@status=0; \
 	echo "test: units and services, $(PYTEST_WORKERS) at a time"; \
-	$(PYTEST) -m 'not e2e' -n $(PYTEST_WORKERS) --ignore $(COMPOSE_TESTS) 2>&1 | tee runs/test/1-units-and-services.log || status=$$?; \
+	$(PYTEST) -m 'not e2e and not chaos' -n $(PYTEST_WORKERS) --ignore $(COMPOSE_TESTS) 2>&1 | tee runs/test/1-units-and-services.log || status=$$?; \
 	echo "test: whole rounds, one after the other"; \
-	$(PYTEST) -m e2e -p no:xdist --ignore $(COMPOSE_TESTS) 2>&1 | tee runs/test/2-rounds.log || status=$$?; \
+	$(PYTEST) -m 'e2e and not chaos' -p no:xdist --ignore $(COMPOSE_TESTS) 2>&1 | tee runs/test/2-rounds.log || status=$$?; \
 	echo $$status > runs/test/exit-status; \
 	echo "test: summary"; \
 	tail -qn 1 runs/test/1-units-and-services.log runs/test/2-rounds.log; \
 	exit $$status
+
+.PHONY: load
+load: $(STAMP)  ## 1,000 agents, 64 uploads at once, ingest and polls beside bare servers, a soak; PARTS="polls ingest crowd soak"
+	@mkdir -p runs/load && $(VENV)/bin/python tests/load/run_load.py $(PARTS)
+
+.PHONY: chaos
+chaos: $(STAMP)  ## kill every process at every fault point, any at random for MINUTES=2 (SEED= again), and break lines
+	@FEDMKT_CHAOS_REPORT=runs/chaos/report.json FEDMKT_CHAOS_MINUTES=$(MINUTES) FEDMKT_CHAOS_SEED=$(SEED) \
+		$(PYTEST) -p no:xdist tests/chaos tests/network
 
 .PHONY: bench
 bench: export OMP_NUM_THREADS := $(shell nproc)
@@ -73,6 +85,14 @@ bench: $(STAMP)  ## measure the core beside plain contenders; results in benchma
 	@rm -f benchmarks/results.json
 	@$(PYTEST) -c benchmarks/pytest.ini benchmarks
 	@$(VENV)/bin/python -m benchmarks.coverage
+
+.PHONY: fuzz
+fuzz: $(STAMP)  ## fuzz every reader of foreign bytes: SECONDS=600 on knowledge, a fifth each on maps, vocabularies, public sets
+	@cd tests && ../$(VENV)/bin/python -m fuzz.run --seconds $(SECONDS)
+
+.PHONY: fuzz-api
+fuzz-api: $(STAMP)  ## fuzz the whole HTTP API as every role and as nobody, for MINUTES=2 together; reports in runs/fuzz-api
+	@$(VENV)/bin/python tests/coordinator/api_fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 .PHONY: unit
 unit: $(STAMP)  ## run the unit tests alone: no PostgreSQL, no Redis, no processes

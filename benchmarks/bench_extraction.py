@@ -8,7 +8,8 @@ import torch
 from benchmarks import data
 from benchmarks.harness import Growth, Paired, at_most, ratio_at_most
 from benchmarks.models import WIDE, demo_llm, random_party
-from fedmkt.ml.batches import by_length, collate, tokenize
+from fedmkt.knowledge import Knowledge
+from fedmkt.ml.batches import _tokenized, by_length, collate, tokenize
 from fedmkt.ml.extraction import extract
 from fedmkt.ml.inference import BATCH_TOKENS
 from fedmkt.ml.models import load_base
@@ -21,7 +22,10 @@ WIDE_TEXTS = 6
 
 
 def forward_pass(party: Party, public_set: PublicSet, batch_tokens: int) -> Callable[[], None]:
-    """The bare model on the batches that extraction makes, texts already cut into tokens."""
+    """The bare model, its own LM head on every position included, on the batches that extraction makes.
+
+    Inference mode, no cache of keys and values, no normalisation; texts already cut into tokens and collated.
+    """
     samples = tokenize(party.vocabulary, public_set.samples, MAX_TOKENS)
     chosen = [[samples[index] for index in indices] for indices in by_length(samples, batch_tokens)]
     batches = [collate(batch, party.device) for batch in chosen]
@@ -35,19 +39,25 @@ def forward_pass(party: Party, public_set: PublicSet, batch_tokens: int) -> Call
 
 
 def extraction(party: Party, public_set: PublicSet, batch_tokens: int) -> Callable[[], object]:
-    return lambda: extract(
-        party,
-        public_set,
-        range(len(public_set)),
-        federation_id="fed_" + "0" * 16,
-        round_number=0,
-        slice_index=0,
-        adapter_version=0,
-        top_k=64,
-        top_p=0.98,
-        max_tokens=MAX_TOKENS,
-        batch_tokens=batch_tokens,
-    )
+    """From texts to knowledge, cutting them into tokens included."""
+
+    def run() -> Knowledge:
+        _tokenized.cache_clear()
+        return extract(
+            party,
+            public_set,
+            range(len(public_set)),
+            federation_id="fed_" + "0" * 16,
+            round_number=0,
+            slice_index=0,
+            adapter_version=0,
+            top_k=64,
+            top_p=0.98,
+            max_tokens=MAX_TOKENS,
+            batch_tokens=batch_tokens,
+        )
+
+    return run
 
 
 def _rows(party: Party, texts: Sequence[str]) -> tuple[PublicSet, int]:

@@ -12,13 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.data import REPOSITORY
 from fedmkt.demo.models import Recipes, default_recipes, ensure_models
-from fedmkt.demo.texts import build_corpus
+from fedmkt.demo.texts import Corpus, build_corpus
 from fedmkt.ml.models import LoadedModel, parameter_count
 from fedmkt.ml.party import Party
 from fedmkt.protocol import LoraConfig, ModelCard
 from fedmkt.vocabulary import Vocabulary
 
 CACHE = REPOSITORY / "build" / "benchmarks"
+SITE_STEPS = 40  # of training: what a pass costs does not depend on it
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,24 @@ class DemoModel:
 
 
 @functools.cache
+def demo_corpus() -> Corpus:
+    return build_corpus()
+
+
+@functools.cache
 def demo_llm() -> DemoModel:
     """Pre-trained as `make demo` does it, in about two minutes, and kept below build/."""
-    corpus = build_corpus()
+    corpus = demo_corpus()
     llm = default_recipes(tuple(corpus.public)).llm
     folder = ensure_models(Recipes(llm), corpus, CACHE, workers=1)[llm.name]
     return DemoModel(folder, tuple(text for chunks in corpus.public.values() for text in chunks))
+
+
+@functools.cache
+def demo_sites() -> dict[str, Path]:
+    """Folders of the demo's site models by domain, less trained than there, kept below build/."""
+    recipes = default_recipes(tuple(demo_corpus().public), site_steps=SITE_STEPS)
+    return ensure_models(recipes, demo_corpus(), CACHE, wanted=list(recipes.sites), workers=1)
 
 
 @dataclass(frozen=True)

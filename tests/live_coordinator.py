@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,10 @@ class LiveCoordinator:
         )
         self._running = ExitStack()
         self.middleware: Callable[[FastAPI], None] = lambda app: None
+        self.clock_ahead_s = 0.0  # of everybody else's; a test may turn it at any time
 
     def start(self) -> None:
-        app = create_app(self._settings)
+        app = create_app(self._settings, clock=lambda: datetime.now(UTC) + timedelta(seconds=self.clock_ahead_s))
         self.middleware(app)
         self._running.enter_context(serve_in_thread(app, port=self.port))
         self.app = app

@@ -64,7 +64,9 @@ def test_every_command_has_an_example_that_names_it() -> None:
     found = dict(commands(typer.main.get_command(cli.app)))
     assert set(found) == {
         *("demo", "doctor", "version", "vocab-map", "federation create", "federation show"),
-        *("site token", "rounds start", "rounds watch"),
+        *("audit export", "audit verify", "site token", "rounds start", "rounds watch"),
+        *("rounds pause", "rounds resume", "rounds cancel"),
+        *("adapter list", "adapter promote", "adapter rollback", "adapter download"),
     }
     for name, text in found.items():
         assert f"Example: fedmkt {name}" in text, name
@@ -176,6 +178,9 @@ def test_a_vocabulary_map_is_written_and_reported(run: Run, tokenizers: tuple[Pa
     assert told["size_bytes"] == out.stat().st_size
     exact = sum(built.distances == 0)
     assert told["coverage"]["all tokens"]["exact"] == exact > 0
+    on_text = told["on_text"]
+    assert on_text["text"] == "Python's documentation"
+    assert 0 < on_text["gold_transfer"] < on_text["gold_transfer_chain_rule"] <= 1
 
 
 def test_a_vocabulary_map_is_shown_as_a_table(
@@ -187,6 +192,20 @@ def test_a_vocabulary_map_is_shown_as_a_table(
     rows = {line.split("  ")[0].strip(): line.split() for line in run.out.splitlines()}
     assert rows["digits"][2].endswith("%")
     assert "all tokens" in rows
+    assert "of the rows supervised" in run.out
+
+
+def test_a_vocabulary_map_is_shown_on_a_text_of_ones_own(
+    run: Run, tokenizers: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("public.jsonl").write_text(json.dumps({"text": "été"}))
+    assert run("vocab-map", "teacher", "student", "--text", "public.jsonl", "--json") == 0
+    teacher, student = (Vocabulary.from_tokenizer(folder).encode("été").ends.tolist() for folder in tokenizers)
+    told = json.loads(run.out)["on_text"]
+    assert (told["text"], told["text_bytes"], told["rows"]) == ("public.jsonl", 5, len(student) - 1)
+    both = set(student[:-1]) & set(teacher[:-1])  # of contexts with one end (bos, dummy space) one is taught
+    assert told["supervised"] == pytest.approx(len(both) / (len(student) - 1))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(run: Run, tokenizers: tuple[Path, Path], tmp_path: Path) -> None:

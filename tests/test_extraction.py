@@ -138,7 +138,7 @@ def test_blocks_of_rows_make_up_the_batch(parties: dict[str, Party], architectur
     size = party.vocabulary.size
     batch = collate(tokenize(party.vocabulary, PUBLIC.samples, 64), party.device)
     with torch.no_grad():
-        blocks = list(logit_blocks(party.model, party.head, party.plain_head, batch, size, block_logits=5 * size))
+        blocks = list(logit_blocks(party.model, party.head, party.plain_head, batch, size, most_rows=5))
         whole = list(logit_blocks(party.model, party.head, party.plain_head, batch, size))
     assert len(blocks) > 5
     assert len(whole) == 1
@@ -198,8 +198,8 @@ def test_the_cut_worked_by_hand() -> None:
     gold = torch.tensor([2])
 
     def kept(top_k: int, top_p: float) -> dict[int, float]:
-        ids, logprobs, keep, _, _ = cut_rows(logits, gold, top_k, top_p)
-        return {int(i): round(math.exp(p), 4) for i, p in zip(ids[keep], logprobs[keep], strict=True)}
+        found = cut_rows(logits, gold, top_k, top_p)
+        return {int(i): round(math.exp(p), 4) for i, p in zip(found.ids, found.logprobs, strict=True)}
 
     assert kept(4, 0.79) == {1: 0.5, 3: 0.3}
     assert kept(4, 0.81) == {0: 0.15, 1: 0.5, 3: 0.3}
@@ -207,14 +207,81 @@ def test_the_cut_worked_by_hand() -> None:
     assert kept(4, 0.001) == {1: 0.5}
     assert kept(9, 1.0) == {0: 0.15, 1: 0.5, 2: 0.05, 3: 0.3}
     assert list(kept(4, 0.81)) == [0, 1, 3]  # ascending
-    assert cut_rows(logits, gold, 1, 0.5)[3].item() == pytest.approx(math.log(0.05))
+    assert cut_rows(logits, gold, 1, 0.5).gold.item() == pytest.approx(math.log(0.05))
+
+
+def test_of_equal_tokens_the_smallest_ids_are_kept() -> None:
+    # probabilities 1/8, 1/4, 1/8, 1/4, 1/8, 1/8
+    logits = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0, 0.0]]) * math.log(2)
+
+    def kept(top_k: int, top_p: float) -> list[int]:
+        return cut_rows(logits, torch.tensor([0]), top_k, top_p).ids.tolist()
+
+    assert kept(1, 1.0) == [1]
+    assert kept(3, 1.0) == [0, 1, 3]
+    assert kept(4, 1.0) == [0, 1, 2, 3]
+    assert kept(6, 0.7) == [0, 1, 2, 3]  # 1/4 + 1/4 + 1/8 = 0.625 is not enough
+    assert kept(6, 0.2) == [1]
+
+
+def cut_by_sorting(logits: torch.Tensor, top_k: int, top_p: float) -> list[tuple[list[int], list[float]]]:
+    """Row by row: a stable sort of the whole vocabulary, then entries until there is enough."""
+    found = []
+    for row in logits.log_softmax(dim=-1):
+        values, order = row.sort(descending=True, stable=True)
+        entries, mass = {}, 0.0
+        for token, value in zip(order.tolist(), values.tolist(), strict=True):
+            if entries and (mass >= top_p or len(entries) == top_k or value == -math.inf):
+                break
+            entries[token] = value
+            mass += math.exp(value)
+        ids = sorted(entries)
+        found.append((ids, [entries[token] for token in ids]))
+    return found
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize(
+    ("size", "top_k"), [(5, 9), (7, 7), (101, 1), (203, 16), (1009, 16), (2003, 4), (2003, 64), (5000, 1024)]
+)
+@pytest.mark.parametrize("kind", ["smooth", "few levels", "mostly forbidden", "all equal", "half"])
+def test_the_cut_equals_a_stable_sort_of_the_whole_vocabulary(kind: str, size: int, top_k: int, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(size + top_k)
+    logits = 3 * torch.randn(9, size, generator=generator)
+    match kind:
+        case "few levels":
+            logits = logits.round()
+        case "mostly forbidden":
+            logits = logits.masked_fill(torch.rand(9, size, generator=generator) < 0.97, -math.inf)
+            logits[:, size // 2] = 1.0
+        case "all equal":
+            logits = torch.full((9, size), 0.7)
+        case "half":
+            logits = logits.bfloat16().float()
+    found = cut_rows(logits, torch.full((9,), size // 2), top_k, top_p)
+    splits = np.append(0, np.cumsum(found.counts))
+    expected = cut_by_sorting(logits, top_k, top_p)
+    for row, (ids, values) in enumerate(expected):
+        entries = slice(splits[row], splits[row + 1])
+        if abs(sum(map(math.exp, values)) - top_p) > 1e-6:  # else rounding of the sum may decide
+            assert found.ids[entries].tolist() == ids
+            assert found.logprobs[entries].tolist() == values
+    assert found.ids.dtype == np.int32
+
+
+def test_rows_of_a_padded_head_are_cut_alike() -> None:
+    wide = torch.randn(6, 1100, generator=torch.Generator().manual_seed(0))
+    part, gold = wide[:, :1000], torch.arange(6)
+    for ours, alone in zip(cut_rows(part, gold, 8, 0.9), cut_rows(part.clone(), gold, 8, 0.9), strict=True):
+        assert np.array_equal(ours, alone)
 
 
 def test_forbidden_tokens_are_not_kept_and_nan_is_not_fine() -> None:
     logits = torch.tensor([[-math.inf, 1.0, 2.0], [0.0, math.nan, 1.0], [math.inf, 0.0, 0.0], [0.0, 0.0, -math.inf]])
-    ids, _, keep, _, fine = cut_rows(logits, torch.tensor([1, 0, 0, 2]), 3, 1.0)
-    assert ids[0][keep[0]].tolist() == [1, 2]
-    assert fine.tolist() == [True, False, False, False]  # the last: the text realises a forbidden token
+    found = cut_rows(logits, torch.tensor([1, 0, 0, 2]), 3, 1.0)
+    assert found.ids[: found.counts[0]].tolist() == [1, 2]
+    # the last: the text realises a forbidden token
+    assert np.isfinite(found.gold).tolist() == [True, False, False, False]
 
 
 def test_logits_that_are_nan_stop_with_the_samples_id(tmp_path: Path) -> None:
@@ -241,6 +308,20 @@ def test_a_sample_longer_than_the_model_is_refused_with_its_id_and_the_remedy(pa
     with pytest.raises(SampleTooLong, match=f"'epic' has 500 tokens, the model has {POSITIONS} positions; set"):
         extracted(parties["gpt2"], long, max_tokens=500)
     assert extracted(parties["bloom"], long, max_tokens=200).rows == 199  # ALiBi has no such bound
+
+
+def test_small_sets_are_cut_into_tokens_once_and_stay_as_they_were(parties: dict[str, Party]) -> None:
+    llama, bloom = parties["llama"].vocabulary, parties["bloom"].vocabulary
+    once, again = (tokenize(llama, PUBLIC.samples, 64) for _ in range(2))
+    assert all(one is other for one, other in zip(once, again, strict=True))
+    again.clear()  # the list is the caller's own
+    assert len(tokenize(llama, PUBLIC.samples, 64)) == len(PUBLIC)
+    assert len(tokenize(llama, PUBLIC.samples[:3], 64)) == 3
+    assert max(len(sample.ids) for sample in tokenize(llama, PUBLIC.samples, 20)) == 20
+    for vocabulary in (llama, bloom):
+        for sample, tokens in zip(PUBLIC.samples, tokenize(vocabulary, PUBLIC.samples, 64), strict=True):
+            expected = vocabulary.encode(sample.text, add_eos=sample.ends, max_tokens=64)
+            assert np.array_equal(tokens.ids, expected.ids)
 
 
 def test_wide_knowledge_holds_nearly_everything(parties: dict[str, Party]) -> None:

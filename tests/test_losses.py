@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedmkt.ml.losses import chunked_losses, gold_and_sparse_losses, sparse_distillation_loss
+from fedmkt.ml import losses
+from fedmkt.ml.losses import chunked_losses, gold_and_sparse_losses, multiplied, sparse_distillation_loss
 
 
 def dense_twin(logits: Tensor, ids: Tensor, probs: Tensor, residual: Tensor | None, temperature: float = 1.0) -> Tensor:
@@ -284,3 +285,25 @@ def test_the_chunked_form_never_holds_more_than_one_chunk_of_logits() -> None:
     assert hidden.grad is not None
     assert weight.grad is not None
     assert largest.elements == max(chunk, width) * vocabulary  # one chunk, or the head's own weight
+
+
+def test_all_chunks_of_logits_take_the_same_memory() -> None:
+    hidden, weight = torch.randn(22, 3), torch.randn(50, 3)
+    chunks = losses._chunks(hidden, weight, torch.ones(50), 5)
+    found = [(rows, logits.data_ptr(), logits.clone()) for rows, logits in chunks]
+    assert len({place for _, place, _ in found}) == 1
+    assert [(rows.start, rows.stop) for rows, _, _ in found] == [(0, 5), (5, 10), (10, 15), (15, 20), (20, 22)]
+    torch.testing.assert_close(torch.cat([logits for _, _, logits in found]), F.linear(hidden, weight, torch.ones(50)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_in_pieces_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 4, generator=generator)
+    weight = torch.randn(33, 4, generator=generator).to(dtype)
+    monkeypatch.setattr(losses, "HEAD_PIECE", 4 * 10)  # three pieces of 10 tokens, one of 3
+    work = torch.full((7, 40), math.nan)[:, :33]
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # does not reach the product
+        found = multiplied(hidden, weight, work)
+    assert found.data_ptr() == work.data_ptr()
+    torch.testing.assert_close(found, hidden @ weight.float().T)

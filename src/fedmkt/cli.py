@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from fedmkt import __version__
+from fedmkt.adapter_commands import adapter_app
+from fedmkt.audit_commands import audit_app
 from fedmkt.errors import Refusal
 from fedmkt.operator_commands import federation_app, rounds_app, site_app
 
@@ -35,6 +37,8 @@ app = typer.Typer(
 app.add_typer(federation_app, name="federation")
 app.add_typer(site_app, name="site")
 app.add_typer(rounds_app, name="rounds")
+app.add_typer(adapter_app, name="adapter")
+app.add_typer(audit_app, name="audit")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -139,6 +143,10 @@ def vocab_map(
         Literal["retokenized", "mined"], typer.Option(help="mined is the paper's MinED.")
     ] = "retokenized",
     out: Annotated[Path | None, typer.Option(help="Write the map here [TEACHER-STUDENT-METHOD.safetensors].")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="Public set (JSONL) to show the coverage on [Python's documentation]."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Build the vocabulary map between two tokenizers, show how much of it is exact, and write the artifact.
@@ -147,7 +155,7 @@ def vocab_map(
     """
     from fedmkt.vocab_report import build_and_show
 
-    build_and_show(teacher, student, method, out, as_json=as_json)
+    build_and_show(teacher, student, method, out, text, as_json=as_json)
 
 
 @app.command()

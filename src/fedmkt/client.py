@@ -11,6 +11,8 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,7 +26,12 @@ from fedmkt.protocol import (
     CHUNK_BYTES,
     PROTOCOL_VERSION,
     AdapterPage,
+    AdapterRollback,
+    AdapterView,
     ApplyReport,
+    ArtifactReceipt,
+    AuditHead,
+    AuditPage,
     Enrolled,
     Enrolment,
     EnrolmentToken,
@@ -41,6 +48,7 @@ from fedmkt.protocol import (
     JobView,
     KeysView,
     LlmRegistration,
+    ProblemList,
     PublicSetReceipt,
     QueueView,
     RoundPage,
@@ -53,6 +61,10 @@ from fedmkt.protocol import (
     UploadState,
     Version,
     VocabularyReceipt,
+    WebhookCreated,
+    WebhookPage,
+    WebhookRequest,
+    WebhookTrial,
 )
 from fedmkt.session import (
     CoordinatorProblem,
@@ -64,10 +76,15 @@ from fedmkt.session import (
     StaticToken,
     Traffic,
     UnexpectedAnswer,
+    utc_now,
 )
 from fedmkt.signing import UploadKind, public_hex, sign_manifest, verify_receipt
+from fedmkt.transfers import MAX_ARTIFACT_BYTES, ArtifactCorrupt, ArtifactTooLarge, Transfers
 
 __all__ = [
+    "MAX_ARTIFACT_BYTES",
+    "ArtifactCorrupt",
+    "ArtifactTooLarge",
     "CoordinatorClient",
     "CoordinatorProblem",
     "CoordinatorUnreachable",
@@ -79,7 +96,8 @@ __all__ = [
     "UnexpectedAnswer",
 ]
 
-MAX_ARTIFACT_BYTES = 2 << 30
+CHUNKS_IN_FLIGHT = 3
+SEND_AGAIN = frozenset({"upload.incomplete", "upload.chunk_digest"})  # lost by the coordinator, spoiled by the line
 UPLOAD_TURNS = 5  # announce, send what is missing, complete; again if the coordinator lost chunks meanwhile
 
 
@@ -87,18 +105,6 @@ class ProtocolMismatch(Refusal):
     status = 426
     code = "protocol.mismatch"
     title = "Coordinator and client speak different protocols"
-
-
-class ArtifactCorrupt(Refusal):
-    status = 502
-    code = "artifact.corrupt"
-    title = "The artifact is not what its name says"
-
-
-class ArtifactTooLarge(Refusal):
-    status = 413
-    code = "artifact.too_large"
-    title = "The artifact is too large"
 
 
 class UploadStuck(Refusal):
@@ -119,9 +125,13 @@ class CoordinatorClient:
         timeout_s: float = 60.0,
         transport: httpx.BaseTransport | None = None,
         wait: Callable[[float], object] = time.sleep,
+        clock: Callable[[], datetime] = utc_now,
     ) -> None:
         """As for `Session`: `wait` may raise to stop early, `transport` replaces the network."""
-        self.session = Session(base_url, credentials, retry=retry, timeout_s=timeout_s, transport=transport, wait=wait)
+        self.session = Session(
+            base_url, credentials, retry=retry, timeout_s=timeout_s, transport=transport, wait=wait, clock=clock
+        )
+        self._transfers = Transfers(self.session)
         self._read = self.session.read
         self._send = self.session.request
 
@@ -163,6 +173,18 @@ class CoordinatorClient:
     def keys(self) -> KeysView:
         return self._read(KeysView, self._send("GET", "/v1/keys", public=True))
 
+    def problems(self) -> ProblemList:
+        """Every code that a CoordinatorProblem can have, and what to do."""
+        return self._read(ProblemList, self._send("GET", "/v1/problems", public=True))
+
+    # ------------------------------------------------------------------------------------------ audit log
+
+    def audit(self, cursor: str | None = None) -> AuditPage:
+        return self._read(AuditPage, self._send("GET", "/v1/audit", params={**_cursor(cursor), "limit": 1000}))
+
+    def audit_head(self) -> AuditHead:
+        return self._read(AuditHead, self._send("GET", "/v1/audit/head"))
+
     # ------------------------------------------------------------------------------------------ federations
 
     def create_federation(self, config: FederationConfig) -> FederationView:
@@ -202,11 +224,37 @@ class CoordinatorClient:
         answer = self._send("GET", f"/v1/federations/{federation_id}/adapters", params=_cursor(cursor))
         return self._read(AdapterPage, answer)
 
+    def adapter(self, federation_id: str, version: int) -> AdapterView:
+        return self._read(AdapterView, self._send("GET", f"/v1/federations/{federation_id}/adapters/{version}"))
+
+    def promote_adapter(self, federation_id: str, version: int) -> AdapterView:
+        path = f"/v1/federations/{federation_id}/adapters/{version}/promote"
+        return self._read(AdapterView, self._send("POST", path))
+
+    def roll_back_adapter(self, federation_id: str, version: int, to_version: int | None = None) -> AdapterView:
+        """From `version`, which is promoted, to its parent or `to_version`; the version that is promoted now."""
+        path = f"/v1/federations/{federation_id}/adapters/{version}/rollback"
+        return self._read(AdapterView, self._send("POST", path, body=AdapterRollback(to_version=to_version)))
+
     # ------------------------------------------------------------------------------------------ rounds
 
-    def request_rounds(self, federation_id: str, count: int = 1) -> FederationView:
+    def request_rounds(
+        self, federation_id: str, count: int | None = None, every_s: float | None = None
+    ) -> FederationView:
+        """`count` rounds (one, if None) one after the other; with `every_s` a schedule, endless if `count` is None."""
         path = f"/v1/federations/{federation_id}/rounds"
-        return self._read(FederationView, self._send("POST", path, body=RoundRequest(count=count), headers=_once()))
+        wanted = RoundRequest(count=count, every_s=every_s)
+        return self._read(FederationView, self._send("POST", path, body=wanted, headers=_once()))
+
+    def pause_rounds(self, federation_id: str) -> FederationView:
+        return self._read(FederationView, self._send("POST", f"/v1/federations/{federation_id}/rounds/pause"))
+
+    def resume_rounds(self, federation_id: str) -> FederationView:
+        return self._read(FederationView, self._send("POST", f"/v1/federations/{federation_id}/rounds/resume"))
+
+    def cancel_rounds(self, federation_id: str) -> FederationView:
+        """The running round, those asked for and the schedule."""
+        return self._read(FederationView, self._send("POST", f"/v1/federations/{federation_id}/rounds/cancel"))
 
     def rounds(self, federation_id: str, cursor: str | None = None) -> RoundPage:
         answer = self._send("GET", f"/v1/federations/{federation_id}/rounds", params=_cursor(cursor))
@@ -218,9 +266,29 @@ class CoordinatorClient:
     def cancel_round(self, round_id: str) -> RoundView:
         return self._read(RoundView, self._send("POST", f"/v1/rounds/{round_id}/cancel"))
 
-    def events(self, federation_id: str, cursor: str | None = None) -> EventPage:
-        answer = self._send("GET", f"/v1/federations/{federation_id}/events", params=_cursor(cursor))
-        return self._read(EventPage, answer)
+    def events(self, federation_id: str, cursor: str | None = None, *, after: int = 0) -> EventPage:
+        """Page by page with `cursor`; what has happened since the event of sequence `after`. Live: `event_stream`."""
+        params: dict[str, str | int] = {**_cursor(cursor), "after": after}
+        return self._read(EventPage, self._send("GET", f"/v1/federations/{federation_id}/events", params=params))
+
+    # ------------------------------------------------------------------------------------------ webhooks
+
+    def create_webhook(self, federation_id: str, url: str, kinds: Sequence[str] = ()) -> WebhookCreated:
+        """Send events (of these kinds, or all) to `url` from now on; the secret in the answer signs them."""
+        wanted = WebhookRequest(url=url, kinds=tuple(kinds))
+        return self._read(WebhookCreated, self._send("POST", f"/v1/federations/{federation_id}/webhooks", body=wanted))
+
+    def webhooks(self, federation_id: str, cursor: str | None = None) -> WebhookPage:
+        answer = self._send("GET", f"/v1/federations/{federation_id}/webhooks", params=_cursor(cursor))
+        return self._read(WebhookPage, answer)
+
+    def delete_webhook(self, federation_id: str, webhook_id: str) -> None:
+        self._send("DELETE", f"/v1/federations/{federation_id}/webhooks/{webhook_id}")
+
+    def test_webhook(self, federation_id: str, webhook_id: str) -> WebhookTrial:
+        """Send one message now; whether it was delivered is in the answer."""
+        answer = self._send("POST", f"/v1/federations/{federation_id}/webhooks/{webhook_id}/test")
+        return self._read(WebhookTrial, answer)
 
     # ------------------------------------------------------------------------------------------ sites
 
@@ -258,13 +326,11 @@ class CoordinatorClient:
         manifest = sign_manifest(key, kind, round_id, blob)
         for _ in range(UPLOAD_TURNS):
             state = self._read(UploadState, self._send("POST", "/v1/uploads", body=manifest))
-            for index in state.missing:
-                chunk = blob[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
-                self._send("PUT", f"/v1/uploads/{state.upload_id}/chunks/{index}", body=chunk)
             try:
+                self._send_chunks(state, blob)
                 answer = self._send("POST", f"/v1/uploads/{state.upload_id}/complete")
             except CoordinatorProblem as problem:
-                if problem.code != "upload.incomplete":
+                if problem.code not in SEND_AGAIN:
                     raise
                 continue
             receipt = self._read(UploadReceipt, answer)
@@ -275,12 +341,46 @@ class CoordinatorClient:
             "look at the coordinator's artifact store"
         )
 
+    def upload_state(self, upload_id: str) -> UploadState:
+        return self._read(UploadState, self._send("GET", f"/v1/uploads/{upload_id}"))
+
+    def abandon_upload(self, upload_id: str) -> None:
+        """Take back an upload that is not complete, to send other bytes for the same round."""
+        self._send("DELETE", f"/v1/uploads/{upload_id}")
+
+    def _send_chunks(self, state: UploadState, blob: bytes) -> None:
+        """What is missing, a few chunks at the same time. The first failure ends it once the others have ended."""
+        with ThreadPoolExecutor(CHUNKS_IN_FLIGHT, "upload") as pool:
+            sending = [pool.submit(self._send_chunk, state, index, blob) for index in state.missing]
+            try:
+                for each in as_completed(sending):
+                    each.result()
+            except BaseException:
+                for each in sending:
+                    each.cancel()
+                raise
+
+    def _send_chunk(self, state: UploadState, index: int, blob: bytes) -> None:
+        chunk = blob[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
+
+        def arrived(answer: httpx.Response) -> int:
+            now = self._read(UploadState, answer)
+            return now.arrived.get(str(index), 0) if index in now.missing else len(chunk)
+
+        path = f"/v1/uploads/{state.upload_id}/chunks/{index}"
+        self._transfers.send(path, chunk, arrived, state.arrived.get(str(index), 0))
+
     # ------------------------------------------------------------------------------------------ artifacts
 
     def put_artifact(self, data: bytes) -> str:
-        """Store bytes under their SHA-256, which is returned. Worker and operator only."""
+        """Store bytes under their SHA-256, which is returned. Worker and operator only. Safe to take up again."""
         digest = hashlib.sha256(data).hexdigest()
-        self._send("PUT", f"/v1/artifacts/{digest}", body=data, timeout_s=10 * self.session.timeout_s)
+        if not data:
+            self._send("PUT", f"/v1/artifacts/{digest}", body=data)
+            return digest
+        self._transfers.send(
+            f"/v1/artifacts/{digest}", data, lambda answer: self._read(ArtifactReceipt, answer).arrived_bytes
+        )
         return digest
 
     def fetch_artifact(self, digest: str, folder: Path, *, max_bytes: int = MAX_ARTIFACT_BYTES) -> Path:
@@ -289,53 +389,17 @@ class CoordinatorClient:
         An interrupted download is continued where it stopped, in this call or a later one. The folder belongs to one
         process, which fetches an artifact once at a time.
         """
-        target = folder / digest
-        if target.exists():
-            return target
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{digest}.part"
-        while not self.session.persist(f"GET artifact {digest}", lambda: self._download(digest, part, max_bytes)):
-            pass  # the line broke, but bytes came: patience starts anew
-        found = _sha256(part)
-        if found != digest:
-            part.unlink()
-            raise ArtifactCorrupt(f"artifact {digest} came with SHA-256 {found}: fetch it again")
-        part.replace(target)
-        return target
-
-    def _download(self, digest: str, part: Path, max_bytes: int) -> bool:
-        """Append to `part` what is missing. True when it is whole; False when the line broke after some bytes."""
-        have = part.stat().st_size if part.exists() else 0
-        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-        try:
-            with (
-                self.session.stream("GET", f"/v1/artifacts/{digest}", headers=headers) as response,
-                part.open("ab" if response.status_code == 206 else "wb") as file,
-            ):
-                for piece in response.iter_bytes():  # as it arrives: nothing waits in a buffer when the line breaks
-                    if file.tell() + len(piece) > max_bytes:
-                        raise ArtifactTooLarge(f"artifact {digest} is longer than {max_bytes} bytes")
-                    file.write(piece)
-        except httpx.TransportError:
-            if not part.exists() or part.stat().st_size <= have:  # no progress: this counts against patience
-                raise
-            return False
-        except CoordinatorProblem as problem:
-            if problem.problem.status != 416 or have == 0:
-                raise
-            # The part is as long as the artifact or longer. Its digest decides; if wrong, it is fetched anew.
-            if _sha256(part) != digest:
-                part.unlink()
-                return False
-        return True
+        return self._transfers.fetch(digest, folder, max_bytes)
 
     # ------------------------------------------------------------------------------------------ jobs
 
     def queue(self) -> QueueView:
         return self._read(QueueView, self._send("GET", "/v1/jobs/queue"))
 
-    def claim(self, job_id: str) -> JobView:
-        return self._read(JobView, self._send("POST", f"/v1/jobs/{job_id}/claim", headers=_once()))
+    def claim(self, job_id: str, key: str | None = None) -> JobView:
+        """The same `key` (an Idempotency-Key, fresh if none is given) again gets the same attempt again."""
+        headers = _once() if key is None else {"Idempotency-Key": key}
+        return self._read(JobView, self._send("POST", f"/v1/jobs/{job_id}/claim", headers=headers))
 
     def heartbeat(self, job_id: str, heartbeat: Heartbeat) -> HeartbeatReply:
         return self._read(HeartbeatReply, self._send("POST", f"/v1/jobs/{job_id}/heartbeat", body=heartbeat))
@@ -354,8 +418,3 @@ def _once() -> dict[str, str]:
 
 def _cursor(cursor: str | None) -> dict[str, str]:
     return {} if cursor is None else {"cursor": cursor}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -38,7 +38,7 @@ MOST_SKEW_S = 30.0  # assertions of sites live a minute
 ANSWER_S = 10.0
 TORCH_S = 120.0
 MODULES: Mapping[str, tuple[str, ...]] = {
-    "coordinator": ("fastapi", "uvicorn", "sqlalchemy", "aiosqlite", "alembic", "redis", "obstore"),
+    "coordinator": ("fastapi", "uvicorn", "sqlalchemy", "alembic", "redis", "obstore"),
     "llm-server": ("torch", "transformers", "peft", "accelerate", "fastapi", "uvicorn", "redis"),
     "agent": ("torch", "transformers", "peft", "accelerate", "fastapi", "uvicorn"),
 }
@@ -288,7 +288,7 @@ def check_database(name: str, wishes: Wishes) -> Finding:
 def _check_login(name: str, where: str, url: str) -> Finding:
     import asyncio
 
-    import asyncpg  # type: ignore[import-untyped]  # ships no annotations
+    import asyncpg
 
     async def version() -> str:
         connection = await asyncpg.connect(url.replace("+asyncpg", ""), timeout=ANSWER_S)

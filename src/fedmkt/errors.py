@@ -5,6 +5,7 @@ A broken rule is a class beside the rule. It carries a stable `code` that progra
 command line prints the message and exits.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -14,6 +15,7 @@ class Refusal(Exception):
     status: ClassVar[int] = 422
     code: ClassVar[str] = "refused"
     title: ClassVar[str] = "The request breaks a rule"
+    headers: ClassVar[Mapping[str, str]] = {}  # that HTTP wants with the status
 
     @property
     def detail(self) -> str:

@@ -47,6 +47,7 @@ from fedmkt.knowledge_checks import (
     check_fields,
     check_header,
     check_rows,
+    limits_for,
 )
 from fedmkt.knowledge_data import (
     BLOCK_ENTRIES,
@@ -93,6 +94,7 @@ __all__ = [
     "decode",
     "encode",
     "encode_frames",
+    "limits_for",
     "quantised",
     "read_index",
 ]

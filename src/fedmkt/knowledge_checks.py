@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fedmkt.codec import DEFAULT_LIMITS, Limits
 from fedmkt.errors import Refusal
 from fedmkt.knowledge_data import Knowledge, KnowledgeHeader, OffsetOutOfRange
 from fedmkt.protocol import KnowledgeConfig
@@ -55,6 +56,13 @@ _RULES: Mapping[str, tuple[type[Refusal], str]] = {
     "top_p": (WrongSettings, "read the federation's configuration again"),
     "max_tokens": (WrongSettings, "read the federation's configuration again"),
 }
+
+
+def limits_for(public_set: PublicSet, settings: KnowledgeConfig) -> Limits:
+    """What knowledge on this public set can need at most: bytes that announce more are refused before any memory is."""
+    samples = min(DEFAULT_LIMITS.samples, len(public_set))
+    rows = min(DEFAULT_LIMITS.rows, samples * settings.max_tokens)
+    return Limits(samples=samples, rows=rows, entries=min(DEFAULT_LIMITS.entries, rows * settings.top_k))
 
 
 def check_fields(header: KnowledgeHeader, **expected: object) -> None:

@@ -1,19 +1,29 @@
 """From a party's own wide knowledge to what it shares: the same rows, fewer entries. R rows, N entries."""
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmkt.knowledge import Knowledge, KnowledgeHeader
-from fedmkt.knowledge_data import row_blocks
 from fedmkt.protocol import KnowledgeConfig
+
+BLOCK_ROWS = 1024  # looked at together: a few megabytes at most
 
 
 def shared_knowledge(own: Knowledge, config: KnowledgeConfig) -> Knowledge:
     """What a party sends of its own knowledge: in each row the fewest of the `top_k` most probable tokens that reach
     `top_p`, one at least. The same rows and log-probabilities; ties go to the smaller id.
     """
-    kept = np.concatenate([_cut(own, rows, config.top_k, config.top_p) for rows in row_blocks(own.entry_splits)])
-    counts = np.add.reduceat(kept, own.entry_splits[:-1], dtype=np.int64)
+    splits = own.entry_splits
+    bounds = [*range(0, own.rows, BLOCK_ROWS), own.rows]
+    kept = np.concatenate(
+        [
+            nucleus(own.logprobs[splits[a] : splits[b]], np.diff(splits[a : b + 1]), config.top_k, config.top_p)
+            for a, b in pairwise(bounds)
+        ]
+    )
+    counts = np.add.reduceat(kept, splits[:-1], dtype=np.int64)
     settings = {"top_k": config.top_k, "top_p": config.top_p, "max_tokens": config.max_tokens}
     return Knowledge(
         header=KnowledgeHeader(**{**vars(own.header), **settings}),
@@ -27,17 +37,26 @@ def shared_knowledge(own: Knowledge, config: KnowledgeConfig) -> Knowledge:
     )
 
 
-def _cut(own: Knowledge, rows: slice, top_k: int, top_p: float) -> NDArray[np.bool_]:
-    """Which entries of a run of rows are shared, bool [entries of these rows]."""
-    splits = own.entry_splits[rows.start : rows.stop + 1].astype(np.int64)
-    entries, starts = slice(int(splits[0]), int(splits[-1])), splits[:-1] - splits[0]
-    counts = np.diff(splits)
-    row = np.repeat(np.arange(len(counts)), counts)
-    order = np.lexsort((own.token_ids[entries], -own.logprobs[entries], row))  # rows in place, largest first in each
-    rank = np.arange(len(row)) - np.repeat(starts, counts)
-    probs = np.exp(own.logprobs[entries][order].astype(np.float64))
-    above = np.cumsum(probs) - probs  # mass of everything before, from which the rows before are taken off
-    above -= np.repeat(above[starts], counts)
-    kept = np.zeros(len(row), dtype=bool)
-    kept[order] = (rank < top_k) & ((above < top_p) | (rank == 0))
+def nucleus(logprobs: NDArray[np.float32], counts: NDArray[np.integer], top_k: int, top_p: float) -> NDArray[np.bool_]:
+    """Which entries are kept, bool [N]: in each row the fewest of its `top_k` largest that reach `top_p`, one at least.
+
+    logprobs float32 [N], row after row; counts int [R], entries of each row. Entries of probability 0 are never kept;
+    of equal entries those that come first in the row are. Memory grows with rows x the widest row.
+    """
+    rows = len(counts)
+    table = np.full((rows, max(top_k, counts.max(initial=0))), -np.inf, dtype=np.float32)
+    table[np.arange(table.shape[1]) < counts[:, None]] = logprobs
+    top = np.sort(table, axis=1)[:, : -top_k - 1 : -1]  # (R, K) largest first
+    probs = np.exp(top)
+    enough = (np.cumsum(probs, axis=1, dtype=np.float64) - probs < top_p) & (top > -np.inf)
+    wanted = np.maximum(np.count_nonzero(enough, axis=1), 1)
+    smallest = np.repeat(top[np.arange(rows), wanted - 1], counts)  # of what is kept, by entry
+    kept: NDArray[np.bool_] = (logprobs >= smallest) & (logprobs > -np.inf)
+    owners = np.repeat(np.arange(rows), counts)
+    surplus = np.bincount(owners[kept], minlength=rows) - wanted
+    if (surplus > 0).any():  # the last of those that are equal to the smallest
+        tied = np.flatnonzero(kept & (logprobs == smallest))
+        ties = np.bincount(owners[tied], minlength=rows)
+        left = np.cumsum(ties)[owners[tied]] - np.arange(len(tied))  # of this row's ties, from here on
+        kept[tied[left <= surplus[owners[tied]]]] = False
     return kept

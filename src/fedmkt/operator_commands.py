@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,7 @@ CREDENTIALS_FILE = "credentials.json"  # what `fedmkt coordinator init` writes
 
 federation_app = typer.Typer(help="Create federations and look at them.", no_args_is_help=True)
 site_app = typer.Typer(help="Let sites in.", no_args_is_help=True)
-rounds_app = typer.Typer(help="Ask for rounds and watch them.", no_args_is_help=True)
+rounds_app = typer.Typer(help="Ask for rounds, schedule, pause and watch them.", no_args_is_help=True)
 
 Url = Annotated[str, typer.Option("--coordinator", envvar="FEDMKT_COORDINATOR_URL", help="Address of the coordinator.")]
 Token = Annotated[
@@ -38,12 +39,17 @@ class NoToken(Refusal):
     title = "No operator's token was given"
 
 
+class BadTime(Refusal):
+    code = "cli.bad_time"
+    title = "An option is no length of time"
+
+
 class ConfigUnreadable(Refusal):
     code = "cli.config_unreadable"
     title = "The configuration file cannot be read"
 
 
-def _connect(url: str, token: str | None, credentials: Path | None) -> "CoordinatorClient":
+def connect(url: str, token: str | None, credentials: Path | None) -> "CoordinatorClient":
     """A client that has shaken hands."""
     from fedmkt.client import CoordinatorClient, RetryPolicy, StaticToken
 
@@ -85,7 +91,7 @@ def create(
     from fedmkt.protocol import FederationConfig
 
     wanted = FederationConfig.model_validate(_read_config(config))
-    with _connect(url, token, credentials) as client:
+    with connect(url, token, credentials) as client:
         view = client.create_federation(wanted)
         if public is not None:
             client.put_public_set(view.federation_id, public.read_bytes())
@@ -105,7 +111,7 @@ def show(
 
     Example: fedmkt federation show
     """
-    with _connect(url, token, credentials) as client:
+    with connect(url, token, credentials) as client:
         if federation_id is not None:
             _print_federation(client.federation(federation_id), as_json)
             return
@@ -161,7 +167,7 @@ def issue_token(
 
     Example: fedmkt site token fed_0123456789abcdef clinic --out clinic.token
     """
-    with _connect(url, token, credentials) as client:
+    with connect(url, token, credentials) as client:
         issued = client.issue_enrolment_token(federation_id, site)
     if out is not None:
         write_secret(out, issued.token + "\n")
@@ -185,7 +191,14 @@ def write_secret(path: Path, content: str) -> None:
 @rounds_app.command("start")
 def start(
     federation_id: FederationId,
-    count: Annotated[int, typer.Option(min=1, max=10_000, help="Rounds, one after the other.")] = 1,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, max=1_000_000, help="Rounds, one after the other [1]; with --every, when to stop [never]."),
+    ] = None,
+    every: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="A round now and then every so often: 90s, 15m, 12h, 1d. See below."),
+    ] = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
     credentials: CredentialsPath = None,
@@ -193,15 +206,92 @@ def start(
 ) -> None:
     """Ask for rounds; they begin as soon as the LLM server and a quorum of sites are there.
 
+    With --every a schedule takes the place of the one before: never two rounds at once; a time that passes while one
+    runs, or while they are paused, is made up once. `rounds pause` holds it, `rounds cancel` ends it.
+
     Example: fedmkt rounds start fed_0123456789abcdef --count 3
+
+    Every night for a month: fedmkt rounds start fed_0123456789abcdef --every 1d --count 30
     """
-    with _connect(url, token, credentials) as client:
-        view = client.request_rounds(federation_id, count)
+    every_s = None if every is None else seconds(every)
+    with connect(url, token, credentials) as client:
+        _print_rounds(client.request_rounds(federation_id, count, every_s), as_json)
+
+
+@rounds_app.command("pause")
+def pause(
+    federation_id: FederationId,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    credentials: CredentialsPath = None,
+    as_json: AsJson = False,
+) -> None:
+    """Begin no more rounds until `rounds resume`; the running one ends as it would. Sites are told.
+
+    Example: fedmkt rounds pause fed_0123456789abcdef
+    """
+    with connect(url, token, credentials) as client:
+        _print_rounds(client.pause_rounds(federation_id), as_json)
+
+
+@rounds_app.command("resume")
+def resume(
+    federation_id: FederationId,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    credentials: CredentialsPath = None,
+    as_json: AsJson = False,
+) -> None:
+    """Begin rounds again: those asked for, and one for all the scheduled times that passed meanwhile.
+
+    Example: fedmkt rounds resume fed_0123456789abcdef
+    """
+    with connect(url, token, credentials) as client:
+        _print_rounds(client.resume_rounds(federation_id), as_json)
+
+
+@rounds_app.command("cancel")
+def cancel(
+    federation_id: FederationId,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    credentials: CredentialsPath = None,
+    as_json: AsJson = False,
+) -> None:
+    """End the running round now, withdraw those that were to follow, and end the schedule.
+
+    What sites have uploaded for the running round is not used; adapters stay as they are.
+
+    Example: fedmkt rounds cancel fed_0123456789abcdef
+    """
+    with connect(url, token, credentials) as client:
+        _print_rounds(client.cancel_rounds(federation_id), as_json)
+
+
+def seconds(text: str) -> float:
+    """`90`, `90s`, `15m`, `12h` or `1d` in seconds."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([smhd]?)", text.strip())
+    if found is None:
+        raise BadTime(f"{text!r} is no time; write a number and s, m, h or d, for example 90s, 15m, 12h or 1d")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def _print_rounds(view: "FederationView", as_json: bool) -> None:
     if as_json:
         typer.echo(view.model_dump_json(indent=2))
-    else:
-        waiting = f"; waits for {'; '.join(view.waits_for)}" if view.waits_for else ""
-        typer.echo(f"{view.rounds_finished} of {view.rounds_requested} rounds finished{waiting}")
+        return
+    said = [f"{view.rounds_finished} of {view.rounds_requested} rounds finished"]
+    if view.current_round is not None:
+        said.append(f"round {view.current_round.number} is {view.current_round.state}")
+    if view.schedule is not None:
+        left = "" if view.schedule.rounds_left is None else f", {view.schedule.rounds_left} left"
+        next_at = view.schedule.next_round_at
+        said.append(f"every {view.schedule.every_s:g} s{left}, next at {next_at:%Y-%m-%d %H:%M:%S} UTC")
+    if view.paused_at is not None and not view.waits_for:
+        said.append("paused once it has ended: fedmkt rounds resume")
+    if view.waits_for:
+        said.append(f"waits for {'; '.join(view.waits_for)}")
+    typer.echo("; ".join(said))
 
 
 @rounds_app.command("watch")
@@ -212,7 +302,9 @@ def watch(
     credentials: CredentialsPath = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the rounds as they go on, until all that were asked for have ended; --json prints the present state once.
+    """Show the rounds as they go on, until all that were asked for have ended, and the schedule if there is one.
+
+    --json prints the present state once.
 
     Example: fedmkt rounds watch fed_0123456789abcdef --coordinator https://fedmkt.example.org
     """
@@ -220,7 +312,7 @@ def watch(
 
     from fedmkt.watch import Watcher, follow
 
-    with _connect(url, token, credentials) as client:
+    with connect(url, token, credentials) as client:
         watcher = Watcher(client, federation_id)
         if as_json:
             sight = watcher.look()
@@ -229,7 +321,10 @@ def watch(
             return
         last = follow(
             watcher.look,
-            until=lambda sight: sight.federation.rounds_finished >= sight.federation.rounds_requested,
+            until=lambda sight: (
+                sight.federation.rounds_finished >= sight.federation.rounds_requested
+                and sight.federation.schedule is None
+            ),
             console=Console(),
         )
     if any(each.state != "completed" for each in last.rounds):

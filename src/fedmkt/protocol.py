@@ -5,21 +5,30 @@ seconds, losses are nats per byte unless the name says bits. The bytes of knowle
 `fedmkt.knowledge` and docs/protocol.md; here is only the JSON around them.
 """
 
-from datetime import datetime
-from typing import Annotated, Literal
+import hashlib
+import json
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema
+
+from fedmkt.strict_numbers import guarded
 
 PROTOCOL_VERSION = 1
+PROTOCOL_HEADER = "FedMKT-Protocol"  # on every request of a program of this project, and on every answer
 CHUNK_BYTES = 1 << 20  # one upload chunk; the last one may be shorter
 MAX_KNOWLEDGE_BYTES = 1 << 30
 MAX_VOCABULARY_BYTES = 64 << 20
+MAX_ROUNDS_AT_ONCE = 10_000
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 in lower-case hexadecimal")]
 Name = Annotated[
     str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="lower-case name, at most 63 characters")
 ]
 Id = Annotated[str, Field(pattern=r"^[a-z]+_[0-9a-f]{16,32}$", description="prefix and random hexadecimal digits")]
+# No control characters and none that turn the direction of writing: what is shown must not steer a terminal.
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]*$")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -27,8 +36,17 @@ MapMethod = Literal["mined", "retokenized"]
 SelectionRule = Literal["best_or_self", "dual_min_ce", "best_always"]
 
 
+def _storable(text: str) -> str:
+    """PostgreSQL's text holds every character but one."""
+    return text.replace("\x00", "\ufffd")
+
+
 class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return guarded(handler(source))
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -117,8 +135,15 @@ class PublicSetConfig(Message):
 
 
 class Schedule(Message):
-    """Quorum and patience. A round never waits for ever."""
+    """Quorum and patience. A round never waits for ever.
 
+    `every_s` and `rounds` are what a federation begins with; `POST .../rounds` asks for others later.
+    """
+
+    every_s: float | None = Field(
+        default=None, ge=1, le=366 * 86400, description="a round every so many seconds, on one grid; null: on demand"
+    )
+    rounds: int | None = Field(default=None, ge=1, le=1_000_000, description="the schedule's rounds; null: no end")
     quorum: int = Field(default=1, ge=1, le=10_000)
     gather_timeout_s: float = Field(
         default=60, ge=0, le=30 * 86400, description="once a quorum is ready, how long a round waits for the others"
@@ -126,6 +151,12 @@ class Schedule(Message):
     collect_timeout_s: float = Field(default=3600, gt=0, le=30 * 86400)
     distill_timeout_s: float = Field(default=3600, gt=0, le=30 * 86400)
     apply_timeout_s: float = Field(default=3600, gt=0, le=30 * 86400)
+
+    @model_validator(mode="after")
+    def _counts_something(self) -> "Schedule":
+        if self.rounds is not None and self.every_s is None:
+            raise ValueError(f"rounds is {self.rounds} but every_s is not set; set both, or ask for rounds on demand")
+        return self
 
 
 class FederationConfig(Message):
@@ -170,11 +201,11 @@ class FederationConfig(Message):
 class ModelCard(Message):
     """What a party says of its model. Shown, never trusted."""
 
-    model_id: str = Field(min_length=1, max_length=200)
-    architecture: str = Field(max_length=100)
+    model_id: Line = Field(min_length=1, max_length=200)
+    architecture: Line = Field(max_length=100)
     parameters: Count
     trainable_parameters: Count = 0
-    device: str = Field(default="cpu", max_length=100)
+    device: Line = Field(default="cpu", max_length=100)
 
 
 class EnrolmentTokenRequest(Message):
@@ -263,6 +294,7 @@ class PublicSetReceipt(Message):
 class ArtifactReceipt(Message):
     digest: Digest
     size_bytes: Count
+    arrived_bytes: Count = Field(description="less than size_bytes while parts are missing")
 
 
 # ------------------------------------------------------------------------------------------------ measurements
@@ -392,6 +424,11 @@ class UploadState(Message):
     upload_id: Id
     missing: tuple[int, ...]
     complete: bool
+    arrived: dict[str, Count] = Field(
+        default={},
+        max_length=MAX_KNOWLEDGE_BYTES // CHUNK_BYTES,
+        description="missing chunk, its number as text -> how many of its first bytes are there; go on from these",
+    )
 
 
 class UploadReceipt(Message):
@@ -491,7 +528,31 @@ class RoundView(Message):
 
 
 class RoundRequest(Message):
-    count: int = Field(default=1, ge=1, le=10_000, description="rounds to run, one after the other")
+    """Rounds on demand, or with `every_s` a schedule, which takes the place of the one before."""
+
+    count: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="on demand: rounds to run, one after the other (null: 1); scheduled: when to stop (null: no end)",
+    )
+    every_s: float | None = Field(
+        default=None, ge=1, le=366 * 86400, description="begin a round every so many seconds; the first one now"
+    )
+
+    @model_validator(mode="after")
+    def _bounded(self) -> "RoundRequest":
+        if self.every_s is None and self.count is not None and self.count > MAX_ROUNDS_AT_ONCE:
+            raise ValueError(f"{self.count} rounds are asked for at once, at most {MAX_ROUNDS_AT_ONCE}; set every_s")
+        return self
+
+
+class ScheduleView(Message):
+    """A grid of times. At each a round is asked for, unless one runs or waits; a time that was missed counts once."""
+
+    every_s: float
+    next_round_at: datetime
+    rounds_left: Count | None = Field(description="null: no end")
 
 
 class FederationView(Message):
@@ -509,6 +570,8 @@ class FederationView(Message):
     waits_for: tuple[str, ...] = Field(
         description="why the next round has not begun; empty when one runs or none is due"
     )
+    schedule: ScheduleView | None = Field(default=None, description="null: rounds begin on demand")
+    paused_at: datetime | None = Field(default=None, description="since when no round begins; null: not paused")
 
 
 class RoundPage(Message):
@@ -551,6 +614,10 @@ class AdapterView(Message):
     knowledge: dict[str, Digest] = Field(default={}, description="site -> knowledge it learned from")
 
 
+class AdapterRollback(Message):
+    to_version: int | None = Field(default=None, ge=0, le=2**31 - 1, description="null: the parent")
+
+
 class AdapterPage(Message):
     items: tuple[AdapterView, ...]
     next_cursor: str | None
@@ -581,6 +648,7 @@ class DistillJob(Message):
         description="artifact: the promoted adapter to start from; null for the bare base model"
     )
     uploads: tuple[UploadedKnowledge, ...]
+    traceparent: str | None = Field(default=None, description="W3C trace context of what ordered the job")
 
 
 class MapJob(Message):
@@ -591,6 +659,7 @@ class MapJob(Message):
     teacher_artifact: Digest
     student_artifact: Digest
     method: MapMethod
+    traceparent: str | None = Field(default=None, description="W3C trace context of what ordered the job")
 
 
 class MapResult(Message):
@@ -625,7 +694,7 @@ class JobCompletion(Message):
 
 class JobFailure(Message):
     attempt: int
-    reason: str = Field(min_length=1, max_length=2000)
+    reason: Annotated[str, AfterValidator(_storable)] = Field(min_length=1, max_length=2000)
     retry: bool = True
 
 
@@ -635,6 +704,114 @@ class QueueView(Message):
     redis_url: str
     stream: str
     group: str
+
+
+# ------------------------------------------------------------------------------------------------ audit log
+
+
+FIRST_DIGEST = "0" * 64  # what the first row of an audit log follows
+
+
+class AuditEntry(Message):
+    """One act. `digest` is SHA-256 over `chained_bytes()`, which name the digest of the row before."""
+
+    sequence: int = Field(ge=1, description="1, 2, 3, ... without a gap")
+    at: datetime
+    federation_id: Id | None = None
+    role: str = Field(max_length=16, description="operator, viewer, worker, site, anyone, or system")
+    actor: str = Field(max_length=64, description="a site's id, the beginning of a token's SHA-256, or an address")
+    action: str = Field(max_length=100, description="dotted, e.g. site.revoked")
+    target: str = Field(max_length=200, description="what it was done to: an id or a name")
+    data: dict[str, str | int | float | bool | None] = {}
+    previous: Digest
+    digest: Digest
+
+    def chained_bytes(self) -> bytes:
+        """Canonical bytes under the digest: JSON with sorted keys, no spaces, ASCII, everything but the digest."""
+        fields = self.model_dump(exclude={"digest"}) | {
+            "at": self.at.astimezone(UTC).isoformat(timespec="microseconds")
+        }
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def audit_digest(entry: AuditEntry) -> str:
+    return hashlib.sha256(entry.chained_bytes()).hexdigest()
+
+
+class AuditPage(Message):
+    items: tuple[AuditEntry, ...]
+    next_cursor: str | None
+
+
+class AuditHead(Message):
+    """The signed end of the audit log: who keeps one sees later whether the rows up to it are still there."""
+
+    sequence: Count = Field(description="of the last row; 0 when there is none")
+    digest: Digest
+    at: datetime
+    public_key: str = Field(pattern=r"^[0-9a-f]{64}$", description="one of GET /v1/keys")
+    signature: str = Field(pattern=r"^[0-9a-f]{128}$", description="Ed25519 over signed_bytes()")
+
+    def signed_bytes(self) -> bytes:
+        at = self.at.astimezone(UTC).isoformat(timespec="microseconds")
+        return "\n".join(["fedmkt-audit-head-1", str(self.sequence), self.digest, at]).encode()
+
+
+# ------------------------------------------------------------------------------------------------ webhooks
+
+
+EventKind = Annotated[
+    str, Field(pattern=r"^[a-z_]{1,40}\.[a-z_]{1,40}$", description="kind of an event, e.g. round.state")
+]
+
+
+class WebhookRequest(Message):
+    """Where to send a federation's events, and which."""
+
+    url: str = Field(max_length=2000, pattern=r"^https?://[!-~]+$", description="absolute http or https address")
+    kinds: tuple[EventKind, ...] = Field(default=(), max_length=50, description="events to send; all if empty")
+
+
+class WebhookView(Message):
+    webhook_id: Id
+    federation_id: Id
+    url: str
+    kinds: tuple[EventKind, ...]
+    state: Literal["active", "disabled"]
+    reason: str | None = Field(description="why the last delivery failed, or why it is disabled")
+    created_at: datetime
+    delivered: Count = Field(description="sequence up to which events were delivered, or passed over by `kinds`")
+    delivered_at: datetime | None = Field(description="last success")
+    failures: Count = Field(description="attempts that failed since the last success")
+    failing_since: datetime | None
+    next_attempt_at: datetime | None = Field(description="null unless a failed delivery waits to be tried again")
+
+
+class WebhookCreated(Message):
+    webhook: WebhookView
+    secret: str = Field(description="whsec_ and base64: the key of the HMAC-SHA256 in webhook-signature")
+
+
+class WebhookPage(Message):
+    items: tuple[WebhookView, ...]
+    next_cursor: str | None
+
+
+class WebhookTrial(Message):
+    """What came of one test message."""
+
+    delivered: bool
+    status: int | None = Field(description="of the answer, if one came")
+    reason: str | None = Field(description="why it counts as not delivered")
+    seconds: Seconds
+
+
+class WebhookMessage(Message):
+    """What is sent: signed as Standard Webhooks asks, with `data` as GET .../events would show it."""
+
+    type: str
+    timestamp: datetime
+    data: Event
 
 
 # ------------------------------------------------------------------------------------------------ operations
@@ -661,3 +838,17 @@ class Problem(BaseModel):
     code: str
     detail: str
     instance: str | None = None
+    request_id: str | None = Field(default=None, description="names the request in the coordinator's log")
+
+
+class ProblemKind(Message):
+    """One code that `Problem.code` can have."""
+
+    code: str
+    status: int = Field(ge=400, le=599)
+    title: str
+    details: tuple[str, ...] = Field(description="what the coordinator says and advises; '...' stands for the facts")
+
+
+class ProblemList(Message):
+    items: tuple[ProblemKind, ...]

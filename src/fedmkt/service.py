@@ -3,15 +3,18 @@
 import fcntl
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedmkt import fault_points
 from fedmkt.errors import Refusal
 from fedmkt.local_server import serve_in_thread
 from fedmkt.logs import Style, configure_logs
 from fedmkt.stopping import StopFlag, Stopped
+from fedmkt.tracing import configure
 
 log = logging.getLogger(__name__)
 
@@ -36,18 +39,26 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def run_service(name: str, serve: Callable[[StopFlag], None], *, log_level: str, log_style: Style) -> int:
+def run_service(
+    name: str, serve: Callable[[StopFlag], None], *, log_level: str, log_style: Style, otel: bool = False
+) -> int:
     """Run `serve` until SIGTERM or SIGINT. Exit status: 0 stopped, 1 a Refusal that waiting would not heal."""
     configure_logs(name, level=log_level, style=log_style)
+    end_tracing: Callable[[], None] | None = None
     stop = StopFlag()
     stop.listen()
     try:
+        fault_points.arm(os.environ)
+        end_tracing = configure(name) if otel else None
         serve(stop)
     except Stopped:
         pass
     except Refusal as error:
         log.error("service.cannot_go_on", extra={"code": error.code, "reason": error.detail})
         return 1
+    finally:
+        if end_tracing is not None:
+            end_tracing()
     return 0
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from itertools import count
 from typing import Literal, TypeVar
@@ -23,16 +23,22 @@ from pydantic import BaseModel, ValidationError
 
 from fedmkt import __version__
 from fedmkt.errors import Refusal
-from fedmkt.protocol import PROTOCOL_VERSION, AccessToken, Problem, TokenRequest
+from fedmkt.protocol import PROTOCOL_HEADER, PROTOCOL_VERSION, AccessToken, Problem, TokenRequest
 from fedmkt.signing import site_assertion
+from fedmkt.tracing import HEADER, current_header
 
 log = logging.getLogger(__name__)
 
 USER_AGENT = f"fedmkt/{__version__} protocol/{PROTOCOL_VERSION} python/{platform.python_version()}"
-RETRIED = frozenset({429, 502, 503, 504})
+RETRIED = frozenset({408, 429, 502, 503, 504})
 RENEW_BEFORE_S = 30.0  # a token is renewed this long before it ends, or at half its life if that is shorter
 MAX_DETAIL = 500
 WORTH_A_LINE_S = 1.0  # shorter pauses between attempts are not logged
+ANSWER_TIMEOUTS = 5  # an answer that trickles in is given up after so many timeouts
+MAX_ANSWER_BYTES = 64 << 20  # of one that is no artifact
+AS_SENT = frozenset({"content-encoding", "content-length", "transfer-encoding"})  # no longer true of a decoded answer
+CLOCK_WARNING_S = 30.0
+CLOCK_ACCURACY_S = 2.0
 
 Method = Literal["GET", "POST", "PUT", "DELETE"]
 Answer = TypeVar("Answer")
@@ -99,10 +105,14 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Body bytes sent and received so far, as they went over the wire (before decompression), retries included."""
+    """Body bytes that got through so far, as they went over the wire (before decompression), retries included."""
 
     up: int = 0
     down: int = 0
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
 
 
 class Session:
@@ -117,21 +127,25 @@ class Session:
         timeout_s: float = 60.0,
         transport: httpx.BaseTransport | None = None,
         wait: Callable[[float], object] = time.sleep,
+        clock: Callable[[], datetime] = utc_now,
     ) -> None:
         """`wait` is called with seconds between attempts; a caller that must stop early raises from it.
 
-        Proxy and CA variables (HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, SSL_CERT_DIR) count unless `transport` is given.
+        `clock` is this machine's: it counts for signed assertions alone, and `now` corrects it. Proxy and CA variables
+        (HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, SSL_CERT_DIR) count unless `transport` is given.
         Redirects are never followed: a credential goes to the configured coordinator and nowhere else.
         """
         self.base_url = base_url.rstrip("/")
         self.timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
         self._wait = wait
+        self._clock = clock
+        self._offset_s: float | None = None
         self._credentials = credentials
         self._http = httpx.Client(
             base_url=self.base_url,
             transport=transport,
-            headers={"User-Agent": USER_AGENT},
+            headers={"User-Agent": USER_AGENT, PROTOCOL_HEADER: str(PROTOCOL_VERSION)},
             timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s)),
             follow_redirects=False,
         )
@@ -147,6 +161,14 @@ class Session:
     @property
     def traffic(self) -> Traffic:
         return self._traffic
+
+    @property
+    def patience_s(self) -> float:
+        return self._retry.patience_s
+
+    def now(self) -> datetime:
+        """The time at the coordinator, as far as its answers have told; deadlines are times of that clock."""
+        return self._clock() + timedelta(seconds=self._offset_s or 0.0)
 
     # ------------------------------------------------------------------------------------------ one request
 
@@ -167,13 +189,29 @@ class Session:
         """
 
         def attempt() -> httpx.Response:
-            with self.stream(
+            return self.once(
                 method, path, body=body, params=params, headers=headers, timeout_s=timeout_s, public=public
-            ) as response:
-                response.read()
-            return response
+            )
 
         return self.persist(f"{method} {path}", attempt)
+
+    def once(
+        self,
+        method: Method,
+        path: str,
+        *,
+        body: BaseModel | bytes | None = None,
+        params: Mapping[str, str | int | float] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+        public: bool = False,
+    ) -> httpx.Response:
+        """One attempt, its answer read. Raises CoordinatorProblem for a refusal, httpx.TransportError."""
+        with self.stream(
+            method, path, body=body, params=params, headers=headers, timeout_s=timeout_s, public=public
+        ) as response:
+            return _read_whole(response, (timeout_s or self.timeout_s) * ANSWER_TIMEOUTS)
+        raise AssertionError("the block above returns or raises")
 
     def read(self, model: type[View], response: httpx.Response) -> View:
         """The answer as a wire model. Raises UnexpectedAnswer when it is none."""
@@ -206,8 +244,10 @@ class Session:
             request = self._http.build_request(
                 method, path, content=content, params=params, headers=_headers(body, token, headers), timeout=timeout
             )
+            asked = self._clock()
             response = self._http.send(request, stream=True)
-            self._count(up=len(content or b""))
+            self.count(up=len(content or b""))
+            self._compare_clocks(response, asked)
             if response.status_code == 401 and may_renew and not public and isinstance(self._credentials, SiteKey):
                 response.close()
                 self._forget(token)
@@ -215,12 +255,11 @@ class Session:
             break
         try:
             if response.status_code >= 300:
-                response.read()
-                raise _problem(response)
+                raise _problem(_read_whole(response, timeout_s or self.timeout_s))
             yield response
         finally:
             response.close()
-            self._count(down=response.num_bytes_downloaded)
+            self.count(down=response.num_bytes_downloaded)
 
     # ------------------------------------------------------------------------------------------ persistence
 
@@ -273,11 +312,9 @@ class Session:
                     return self._token
 
     def _renew(self, site: SiteKey) -> None:
-        assertion = TokenRequest(assertion=site_assertion(site.key, site.site_id, datetime.now(UTC)))
+        assertion = TokenRequest(assertion=site_assertion(site.key, site.site_id, self._clock()))
         asked = time.monotonic()
-        with self.stream("POST", "/v1/token", body=assertion, public=True) as response:
-            response.read()
-        answer = self.read(AccessToken, response)
+        answer = self.read(AccessToken, self.once("POST", "/v1/token", body=assertion, public=True))
         self._token = answer.access_token
         self._token_ends = asked + max(answer.expires_in_s - RENEW_BEFORE_S, answer.expires_in_s / 2)
 
@@ -286,13 +323,44 @@ class Session:
             if self._token == token:  # another thread may have renewed it meanwhile
                 self._token_ends = 0.0
 
-    def _count(self, up: int = 0, down: int = 0) -> None:
+    # ------------------------------------------------------------------------------------------ bytes and time
+
+    def _compare_clocks(self, response: httpx.Response, asked: datetime) -> None:
+        """The Date header has whole seconds and was written between asking and now; warns once of a wrong clock."""
+        at, waited = _http_date(response.headers.get("date")), self._clock() - asked
+        if at is None or abs(waited.total_seconds()) > CLOCK_ACCURACY_S:  # a long poll, say: written when?
+            return
+        halfway = asked + waited / 2
+        first = self._offset_s is None
+        self._offset_s = (at - halfway).total_seconds() + 0.5
+        if first and abs(self._offset_s) > CLOCK_WARNING_S:
+            side = "behind" if self._offset_s > 0 else "ahead of"
+            reason = f"this machine's clock is {abs(self._offset_s):.0f} s {side} the coordinator's: set it (NTP)"
+            log.warning("clock.differs", extra={"offset_s": round(self._offset_s, 1), "reason": reason})
+
+    def count(self, up: int = 0, down: int = 0) -> None:
+        """Body bytes that got through. Of a request that broke, its sender learns later how many those were."""
         with self._traffic_lock:  # not `_lock`: `_renew` counts while it holds that one
             self._traffic = Traffic(self._traffic.up + up, self._traffic.down + down)
 
 
+def _read_whole(response: httpx.Response, longest_s: float) -> httpx.Response:
+    """The answer with its content; one that trickles in or never ends is given up, where httpx bounds single reads."""
+    ends, content = time.monotonic() + longest_s, bytearray()
+    for piece in response.iter_bytes():
+        content += piece
+        if len(content) > MAX_ANSWER_BYTES:
+            raise UnexpectedAnswer(f"{response.request.url.path} answers with more than {MAX_ANSWER_BYTES} bytes")
+        if time.monotonic() > ends:
+            raise httpx.ReadTimeout(f"the answer did not end within {longest_s:g} s", request=response.request)
+    headers = [each for each in response.headers.multi_items() if each[0] not in AS_SENT]
+    return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=response.request)
+
+
 def _headers(body: BaseModel | bytes | None, token: str, headers: Mapping[str, str] | None) -> dict[str, str]:
     sent = dict(headers or {})
+    if (trace := current_header()) is not None:
+        sent[HEADER] = trace
     if isinstance(body, BaseModel):
         sent["Content-Type"] = "application/json"
     elif body is not None:
@@ -325,7 +393,17 @@ def _retry_after_s(response: httpx.Response) -> float | None:
         return None
     if value.isdigit():
         return float(value)
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):  # not a date: the header says nothing
+    until, now = _http_date(value), _http_date(response.headers.get("date"))
+    if until is None:  # not a date: the header says nothing
         return None
+    # Both by the coordinator's clock, whatever this machine's says.
+    return max(0.0, (until - (now or datetime.now(UTC))).total_seconds())
+
+
+def _http_date(value: str | None) -> datetime | None:
+    """None for what is no date with a time zone."""
+    try:
+        date = parsedate_to_datetime(value or "")
+    except ValueError:
+        return None
+    return date if date.tzinfo is not None else None

@@ -1,4 +1,4 @@
-"""Ed25519 keys and what they sign: upload manifests (site), upload receipts (coordinator), site assertions (JWT).
+"""Ed25519 keys and what they sign: upload manifests and assertions (site), receipts and audit heads (coordinator).
 
 Public keys travel as 64 hexadecimal digits (32 raw bytes), signatures as 128. Private keys are PKCS#8 PEM files that
 only their owner can read. Everything here is pure but `save_key` and `load_key`.
@@ -24,11 +24,33 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedmkt.errors import Refusal
-from fedmkt.protocol import CHUNK_BYTES, Manifest, UploadReceipt, manifest_bytes
+from fedmkt.protocol import CHUNK_BYTES, AuditHead, Manifest, UploadReceipt, manifest_bytes
 
 ASSERTION_AUDIENCE = "fedmkt"
 ASSERTION_LIFETIME_S = 60
 UploadKind = Literal["knowledge", "adapter"]
+
+
+# The points of edwards25519 of order 1, 2, 4 and 8, as they are written with the sign bit off, non-canonical ones too:
+# under such a key one signature fits many messages, and anybody can make it.
+SMALL_ORDER = frozenset(
+    {
+        "00" * 32,
+        "01" + "00" * 31,
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        "ec" + "ff" * 30 + "7f",
+        "ed" + "ff" * 30 + "7f",
+        "ee" + "ff" * 30 + "7f",
+    }
+)
+
+
+def is_weak(public_key: str) -> bool:
+    """Whether a public key (hex) is one for which anybody can sign."""
+    raw = bytearray.fromhex(public_key)
+    raw[-1] &= 0x7F
+    return raw.hex() in SMALL_ORDER
 
 
 class KeyUnreadable(Refusal):
@@ -131,6 +153,12 @@ def verify_receipt(receipt: UploadReceipt, manifest: Manifest, public_keys: Sequ
             f"the receipt of upload {receipt.upload_id} was signed with none of the coordinator's "
             f"{len(public_keys)} known keys ({known}); ask the operator whether its keys were changed"
         )
+
+
+def sign_head(key: Ed25519PrivateKey, sequence: int, digest: str, at: datetime) -> AuditHead:
+    """The end of the audit log at that time, signed."""
+    unsigned = AuditHead(sequence=sequence, digest=digest, at=at, public_key=public_hex(key), signature="0" * 128)
+    return unsigned.model_copy(update={"signature": key.sign(unsigned.signed_bytes()).hex()})
 
 
 def _fits(public_key: str, receipt: UploadReceipt) -> bool:

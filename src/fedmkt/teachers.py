@@ -1,7 +1,7 @@
 """From what another party sent to a `Teacher`: knowledge, vocabulary and map, each held against what was announced."""
 
 from fedmkt.errors import Refusal
-from fedmkt.knowledge import check, decode
+from fedmkt.knowledge import check, decode, limits_for
 from fedmkt.lesson import Teacher
 from fedmkt.protocol import DistillationConfig, MapMethod
 from fedmkt.round_plan import RoundPlan
@@ -46,7 +46,7 @@ def read_teacher(name: str, plan: RoundPlan, *, knowledge: bytes, vocabulary: Vo
     `vocabulary` comes from `read_vocabulary`, so that a caller may keep it. That the map fits both vocabularies is
     checked by `prepare_lesson`.
     """
-    sent = decode(knowledge)
+    sent = decode(knowledge, limits=limits_for(plan.public_set, plan.config.knowledge))
     check(
         sent,
         plan.public_set,

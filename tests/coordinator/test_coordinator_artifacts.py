@@ -1,6 +1,9 @@
 """What is handed in and fetched: artifacts, public sets, vocabularies, models."""
 
 import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from fedmkt.protocol import (
     PublicSetReceipt,
     SiteModel,
 )
+from fedmkt_coordinator.artifacts import ArtifactStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
 
@@ -102,3 +106,31 @@ async def test_a_model_may_be_described_anew(world: World) -> None:
         assert sent.status_code == 204
     assert (await world.view()).sites[0].private_samples == 20
     assert (await world.event_kinds()).count("site.model") == 2
+
+
+async def test_an_artifact_is_on_the_disk_before_it_is_acknowledged(
+    state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First all its bytes, then its name, then the folders above: a power cut never leaves a name without bytes."""
+    root = state_dir / "objects"
+    store = ArtifactStore.open(None, state_dir)
+    synced: list[tuple[str, int]] = []
+
+    def record(handle: int) -> None:
+        where = Path(f"/proc/self/fd/{handle}").resolve()
+        size = os.fstat(handle).st_size if where.is_file() else 0
+        synced.append((str(where.relative_to(root)), size))
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield DATA
+
+    monkeypatch.setattr(os, "fsync", record)
+    digest = await store.put(DATA)
+    draft, *folders = synced
+    assert draft[0].startswith("incoming/")
+    assert draft[1] == len(DATA)
+    assert [name for name, _ in folders] == [f"artifacts/{digest[:2]}", ".", "artifacts"]
+    synced.clear()
+    assert await store.put_stream(digest, pieces()) == len(DATA)
+    assert [(name.split("/")[0], size) for name, size in synced] == [("incoming", len(DATA)), ("artifacts", 0)]
+    assert await store.get(digest) == DATA

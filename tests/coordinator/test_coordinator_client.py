@@ -1,11 +1,14 @@
 """The project's own client and the coordinator understand each other: a whole round through `fedmkt.client`."""
 
+import ast
 import asyncio
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+import fedmkt.client
 from coordinator_world import CARD, PUBLIC_SET, TOKENS, World, a_report, config, served
 from fedmkt.client import CoordinatorClient, CoordinatorProblem, SiteKey, StaticToken
 from fedmkt.protocol import (
@@ -23,6 +26,8 @@ from fedmkt.protocol import (
     UploadReceipt,
 )
 from fedmkt.signing import new_key
+from fedmkt_coordinator.app import create_app
+from fedmkt_coordinator.settings import Settings
 from small_tokenizers import vocabulary
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
@@ -122,3 +127,72 @@ async def test_a_whole_round_through_the_client(world: World, tmp_path: Path) ->
         await asyncio.to_thread(parties.apply)
         await asyncio.to_thread(parties.look, world.federation_id, view.round_id)
         await asyncio.to_thread(parties.close)
+
+
+# ------------------------------------------------------------------------------------------------ every call
+
+# Calls that the client leaves to others, and why.
+NOT_THE_CLIENTS = {
+    "/metrics": "for Prometheus",
+    "/v1/federations/{}/adapters/{}/folder": "for people: the same bytes as the artifact that `adapter` names",
+}
+
+
+def addresses_in(source: str) -> set[str]:
+    """Every address that a source text spells, with {} for what is filled in."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        text = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
+        if text.startswith("/"):
+            found.add(text)
+    return found
+
+
+def test_the_client_has_every_call_of_the_api(tmp_path: Path) -> None:
+    library = Path(fedmkt.client.__file__).parent
+    files = ("client", "session", "transfers", "event_stream")
+    spelled = set().union(*(addresses_in((library / f"{each}.py").read_text()) for each in files))
+    paths = {re.sub(r"\{\w+\}", "{}", path) for path in create_app(Settings(state_dir=tmp_path)).openapi()["paths"]}
+    assert paths - spelled == NOT_THE_CLIENTS.keys()
+
+
+async def test_the_client_says_which_protocol_it_speaks_and_hears_what_to_do(world: World) -> None:
+    def use(url: str) -> None:
+        with CoordinatorClient(url, StaticToken(TOKENS["worker"])) as worker:
+            assert worker.queue().stream == "fedmkt:jobs"
+            worker.session._http.headers["FedMKT-Protocol"] = "2"  # as a later version of this program would
+            with pytest.raises(CoordinatorProblem) as refusal:
+                worker.queue()
+        assert (refusal.value.status, refusal.value.code) == (426, "protocol.mismatch")
+        assert refusal.value.detail == "the coordinator speaks protocol 1, the client 2; update the coordinator"
+
+    async with served(world) as url, asyncio.timeout(60):
+        await asyncio.to_thread(use, url)
+
+
+async def test_webhooks_problems_and_uploads_through_the_client(collecting: World) -> None:
+    world = collecting
+    view, north = await world.round(), world.sites["north"]
+    state = await world.send("POST", "/v1/uploads", north, world.manifest(north, view, world.blob(north, view)))
+    upload_id = state.json()["upload_id"]
+
+    def use(url: str) -> None:
+        with CoordinatorClient(url, StaticToken(TOKENS["operator"])) as operator:
+            with pytest.raises(CoordinatorProblem, match="private, local or reserved"):
+                operator.create_webhook(world.federation_id, "http://127.0.0.1:9/", ["round.state"])
+            assert operator.webhooks(world.federation_id).items == ()
+            for call in (operator.delete_webhook, operator.test_webhook):
+                with pytest.raises(CoordinatorProblem, match="has no webhook webhook_0"):
+                    call(world.federation_id, "webhook_0")
+            assert "webhook.address" in {each.code for each in operator.problems().items}
+            newest = operator.events(world.federation_id).items[-1]
+            assert operator.events(world.federation_id, after=newest.sequence - 1).items == (newest,)
+        with CoordinatorClient(url, StaticToken(north.token)) as site:
+            assert site.upload_state(upload_id).missing == (0,)
+            site.abandon_upload(upload_id)
+            with pytest.raises(CoordinatorProblem, match="is abandoned"):
+                site.session.request("POST", f"/v1/uploads/{upload_id}/complete")
+
+    async with served(world) as url, asyncio.timeout(60):
+        await asyncio.to_thread(use, url)

@@ -97,7 +97,9 @@ async def test_a_worker_that_always_dies_fails_the_round_too(distilling: World) 
         world.clock.move(30.1)
         await world.tick()
     view = await world.round()
-    assert view.reason == "the LLM server gave up after 3 attempts: the worker was silent for more than 30 s"
+    assert view.reason is not None
+    assert view.reason.startswith("the LLM server gave up after 3 attempts: the worker was silent for more than 30 s")
+    assert "the LLM server's log says how far it was" in view.reason
 
 
 async def test_a_failure_that_no_retry_heals_ends_at_once(distilling: World) -> None:

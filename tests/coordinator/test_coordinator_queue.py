@@ -50,9 +50,11 @@ async def test_after_a_flush_everything_is_added_again(queue: JobQueue, redis_se
 async def test_what_one_wakes_another_hears(queue: JobQueue, redis_server: RedisProcess) -> None:
     other = JobQueue.connect(redis_server.url)
     heard = other.heard()
-    assert await anext(heard) == ""
-    await queue.wake(["fed_1", "fed_2"])
-    assert [await anext(heard), await anext(heard)] == ["fed_1", "fed_2"]
+    assert await anext(heard) == ("", "")
+    await other.wake("fed_0", "tasks")  # its own voice it does not hear
+    await queue.wake("fed_1", "tasks")
+    await queue.wake("fed_2", "events")
+    assert [await anext(heard), await anext(heard)] == [("fed_1", "tasks"), ("fed_2", "events")]
     await heard.aclose()
     await other.close()
     await queue.close()

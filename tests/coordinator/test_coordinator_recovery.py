@@ -15,9 +15,9 @@ import psutil  # type: ignore[import-untyped] # its stubs are another package
 import pytest
 import redis
 
-from coordinator_servers import RedisProcess, Worlds, settings_for
+from coordinator_servers import RedisProcess, Stages, Worlds, settings_for, until_distilling
 from coordinator_world import TOKENS, World, config
-from fedmkt.protocol import Health
+from fedmkt.protocol import Health, Heartbeat, HeartbeatReply
 from fedmkt_coordinator import rounds
 from fedmkt_coordinator.embedded_redis import EmbeddedRedis, FolderInUse
 from fedmkt_coordinator.queue import JOBS
@@ -127,6 +127,41 @@ async def test_a_round_goes_on_in_a_coordinator_that_was_started_again(
     for site in again.sites.values():
         await again.report(site, view)
     assert (await world.round()).state == "completed"
+
+
+async def test_a_coordinator_that_was_away_does_not_call_a_worker_silent(distilling: World) -> None:
+    """It heard no heartbeat because it was down: the worker gets a whole lease from its return to say something."""
+    world = distilling
+    job, _ = await world.take_distill()
+    world.clock.move(60)
+    keeper = world.app.state.keeper
+    looking = asyncio.create_task(keeper.run())
+    await asyncio.sleep(0)
+    keeper.stop()
+    await looking
+    assert await world.queued() == []
+    beat = Heartbeat(attempt=job.attempt)
+    reply = await world.ask(HeartbeatReply, "POST", f"/v1/jobs/{job.job_id}/heartbeat", "worker", beat)
+    assert (reply.lease_expires_at - world.clock.now).total_seconds() == 30
+
+
+async def test_a_coordinator_that_looks_more_rarely_than_leases_last_still_ends_them(
+    stages: Stages, worlds: Worlds, state_dir: Path, redis_server: RedisProcess
+) -> None:
+    await stages.open(until_distilling, worlds, state_dir, redis_server.url)
+    rare = settings_for(state_dir, redis_server.url, lease_s=0.1, keeper_interval_s=0.3)
+    world = await worlds.open(rare)
+    (job_id,) = await world.queued()
+    await world.claim(job_id)
+    world.clock.move(1)
+    looking = asyncio.create_task(world.app.state.keeper.run())
+    for _ in range(400):
+        if await world.queued() == [job_id]:
+            break
+        await asyncio.sleep(0.05)
+    assert await world.queued() == [job_id]
+    world.app.state.keeper.stop()
+    await looking
 
 
 async def test_replicas_on_postgresql_commit_each_step_once(

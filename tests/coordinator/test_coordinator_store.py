@@ -62,7 +62,7 @@ async def test_rows_come_back_as_they_were_written(store: Store, federation: Fed
     async with store.write() as tx:
         site = await tx.add_site(federation.id, "north", DIGEST)
         await tx.set_site_model(site, CARD, 2**40)
-        await tx.saw_site(site.id)
+        await tx.saw_sites({site.id})
     async with store.read() as tx:
         found = await tx.site(site.id)
     assert found.enrolled_at == found.last_seen_at == clock.now

@@ -301,3 +301,70 @@ async def test_completing_twice_at_the_same_time_gives_one_receipt(collecting: W
     receipts = await asyncio.gather(*(world.ask(UploadReceipt, "POST", path, site) for _ in range(4)))
     assert len(set(receipts)) == 1
     assert (await world.event_kinds()).count("knowledge.accepted") == 1
+
+
+# ------------------------------------------------------------------------------------------------ chunks in parts
+
+
+async def put_part(world: World, upload_id: str, blob: bytes, start: int, stop: int) -> UploadState:
+    headers = {"Content-Range": f"bytes {start}-{stop - 1}/{len(blob)}"}
+    path = f"/v1/uploads/{upload_id}/chunks/0"
+    return await world.ask(UploadState, "PUT", path, world.sites["north"], blob[start:stop], headers=headers)
+
+
+async def parts_kept(world: World) -> list[str]:
+    folder = world.context.settings.state_dir / "objects" / "incoming" / "chunks"
+    return [path.name for path in folder.rglob("*") if path.is_file()]
+
+
+async def announced(world: World, blob: bytes) -> UploadState:
+    site = world.sites["north"]
+    manifest = world.manifest(site, await world.round(), blob)
+    return await world.ask(UploadState, "POST", "/v1/uploads", site, manifest)
+
+
+async def test_what_arrived_of_a_chunk_is_told_to_who_announces_or_asks(collecting: World) -> None:
+    world, blob = collecting, bytes(10_000)
+    upload_id = (await announced(world, blob)).upload_id
+    assert (await put_part(world, upload_id, blob, 0, 4000)).arrived == {"0": 4000}
+    assert (await announced(world, blob)).arrived == {"0": 4000}
+    state = await world.ask(UploadState, "GET", f"/v1/uploads/{upload_id}", world.sites["north"])
+    assert (state.missing, state.arrived) == ((0,), {"0": 4000})
+    state = await put_part(world, upload_id, blob, 4000, 10_000)
+    assert (state.missing, state.arrived) == ((), {})
+    assert await parts_kept(world) == []
+
+
+async def test_parts_are_swept_with_their_upload(collecting: World) -> None:
+    world, blob = collecting, bytes(10_000)
+    upload_id = (await announced(world, blob)).upload_id
+    await put_part(world, upload_id, blob, 0, 4000)
+    assert len(await parts_kept(world)) == 1
+    await world.send("DELETE", f"/v1/uploads/{upload_id}", world.sites["north"])
+    assert await parts_kept(world) == []
+    upload_id = (await announced(world, blob)).upload_id
+    await put_part(world, upload_id, blob, 0, 4000)
+    await world.send("POST", f"/v1/rounds/{(await world.round()).round_id}/cancel")
+    assert await uploads.clear_leftovers(world.context.desk) == 1
+    assert await parts_kept(world) == []
+
+
+@pytest.mark.parametrize(
+    ("header", "complaint"),
+    [
+        ("bytes 0-4999/20000", "for a body of 10000 bytes; announce another one"),
+        ("bytes 5000-4999/10000", "ends before it begins"),
+        ("bytes 0-10000/10000", "beyond the body"),
+        ("bytes 0-9/10000", "10 bytes; at least 1024"),
+        ("bytes 0-4999/10000", "3 bytes came, 5000 were announced"),
+        ("octets 0-4999/10000", "write 'bytes FIRST-LAST/TOTAL'"),
+        ("bytes 0-4999/*", "write 'bytes FIRST-LAST/TOTAL'"),
+    ],
+)
+async def test_a_content_range_that_does_not_fit_is_refused(collecting: World, header: str, complaint: str) -> None:
+    world, blob = collecting, bytes(10_000)
+    path = f"/v1/uploads/{(await announced(world, blob)).upload_id}/chunks/0"
+    more = {"headers": {"Content-Range": header}}
+    detail = await world.refused("body.content_range", "PUT", path, world.sites["north"], b"abc", **more)
+    assert complaint in detail
+    assert await parts_kept(world) == []

@@ -333,10 +333,36 @@ def test_files_of_a_job_go_when_it_is_done(server: Server) -> None:
     job = server.job()
     server.run(job)
     state = server.folder / "state"
-    assert list((state / "jobs").iterdir()) == []
+    assert [path.name for path in (state / "jobs").rglob("*") if path.is_file()] == ["result.json"]
     kept = {path.name for path in (state / "artifacts").iterdir()}
     assert kept.isdisjoint({upload.knowledge for upload in job.uploads})
     assert job.public_set in kept
+
+
+def test_a_result_that_did_not_reach_the_coordinator_is_found_by_the_next_attempt(server: Server) -> None:
+    """Killed after hours of training, before the answer: the next process hands in the same, and the LLM goes on."""
+    unbroken = Server(server.models, server.folder / "other")
+    first = unbroken.run(unbroken.job(number=1))
+    expected = unbroken.run(unbroken.job(number=2, adapter=first.adapter))
+    result = server.run(server.job(number=1))
+    server.restart()
+    server.published.clear()
+    seen: list[str] = []
+    assert server.run(server.job(number=1), lambda step, done, total: seen.append(step)) == result
+    assert (seen, server.published) == ([], [])
+    assert server.run(server.job(number=2, adapter=result.adapter)).adapter == expected.adapter
+
+
+def test_a_result_is_that_of_its_own_job_and_of_a_file_that_reads(server: Server) -> None:
+    job = server.job()
+    server.run(job)
+    other = job.model_copy(update={"uploads": job.uploads[:1]})
+    assert set(server.run(other).selection.offered) == {"north"}
+    (kept,) = (server.folder / "state" / "jobs").rglob("result.json")
+    kept.write_text("{")
+    server.published.clear()
+    assert set(server.run(other).selection.offered) == {"north"}
+    assert server.published != []
 
 
 # ------------------------------------------------------------------------------------------------------- optimizer

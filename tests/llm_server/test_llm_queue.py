@@ -1,13 +1,14 @@
 """The LLM server's end of the job stream, against a real Redis 6.2."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import redis
 
 from fedmkt.protocol import QueueView
 from fedmkt_llm_server import queue as queue_module
-from fedmkt_llm_server.queue import JobQueue
+from fedmkt_llm_server.queue import JobQueue, lasting_name
 from redis_process import RedisServer
 
 pytestmark = pytest.mark.services
@@ -87,6 +88,30 @@ def test_jobs_of_a_dead_worker_are_taken_over_all_of_them(
     client.xreadgroup(GROUP, "dead", {STREAM: ">"}, count=3)
     taken = [alive.take(0.01) for _ in range(3)]
     assert [delivery and delivery.job_id for delivery in taken] == ["job_a", "job_b", "job_c"]
+
+
+def test_a_worker_that_starts_again_takes_up_what_it_left_and_nobody_elses(
+    open_queue: Open, client: "redis.Redis"
+) -> None:
+    one, two = open_queue("one"), open_queue("two")
+    one.take(0.01)
+    for job_id in ("job_a", "job_b"):
+        client.xadd(STREAM, {"job_id": job_id})
+    left, other = one.take(0.05), two.take(0.05)
+    assert left is not None
+    assert other is not None
+    again = open_queue("one")
+    assert again.take(0.01) == left
+    assert again.take(0.01) is None
+    again.acknowledge(left)
+    assert open_queue("one").take(0.01) is None
+    assert open_queue("two").take(0.01) == other
+
+
+def test_a_name_lasts_as_long_as_the_folder_and_is_its_own(tmp_path: Path) -> None:
+    name = lasting_name(tmp_path / "one")
+    assert lasting_name(tmp_path / "one") == name
+    assert lasting_name(tmp_path / "two") != name
 
 
 def test_a_job_that_another_worker_just_took_is_left_alone(open_queue: Open, client: "redis.Redis") -> None:

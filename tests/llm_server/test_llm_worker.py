@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import SecretStr
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmkt.client import CoordinatorClient, RetryPolicy, SiteKey, StaticToken
 from fedmkt.errors import Refusal
@@ -27,6 +29,7 @@ from fedmkt.protocol import (
 )
 from fedmkt.signing import new_key
 from fedmkt.stopping import StopFlag
+from fedmkt.work_metrics import WorkMetrics
 from fedmkt_llm_server.lease import JobAbandoned, Lease
 from fedmkt_llm_server.maps import build_map
 from fedmkt_llm_server.registration import Registrar
@@ -299,6 +302,72 @@ def test_a_coordinator_that_restarts_during_a_job_gets_the_result(plant: Plant) 
     plant.until_built(federation_id)
 
 
+class AtFirstClaim:
+    """ASGI middleware: what a test wants to happen around the first claim that comes, instead of the plain answer."""
+
+    def __init__(self, app: ASGIApp, around: Callable[[ASGIApp, Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._app, self._around = app, around
+        self._done = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if str(scope.get("path")).endswith("/claim") and not self._done:
+            self._done = True
+            await self._around(self._app, scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def around_first_claim(plant: Plant, around: Callable[[ASGIApp, Scope, Receive, Send], Awaitable[None]]) -> None:
+    plant.coordinator.stop()
+    plant.coordinator.middleware = lambda app: app.add_middleware(AtFirstClaim, around=around)
+    plant.coordinator.start()
+
+
+def test_a_claim_whose_answer_was_lost_is_repeated_and_costs_no_attempt(plant: Plant) -> None:
+    async def lose(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        async def nowhere(message: Message) -> None:
+            pass
+
+        await app(scope, receive, nowhere)  # claimed and committed; the connection breaks before the answer
+
+    around_first_claim(plant, lose)
+    plant.start(plant.build)
+    federation_id = plant.map_jobs()
+    plant.until_built(federation_id)
+    assert attempts(plant.job_events(federation_id, "running")) == [1, 1]
+
+
+def test_a_claimed_job_is_done_although_redis_goes_before_it_is_acknowledged(
+    plant: Plant, redis_server: RedisServer
+) -> None:
+    async def claim_and_stop(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        async def then_stop(message: Message) -> None:
+            redis_server.stop()
+            await send(message)
+
+        await app(scope, receive, then_stop)
+
+    around_first_claim(plant, claim_and_stop)
+    plant.start(plant.build)
+    federation_id = plant.map_jobs()
+    until(lambda: len(plant.job_events(federation_id, "done")) == 1)
+    redis_server.start()
+    plant.until_built(federation_id, timeout_s=40)
+    assert attempts(plant.job_events(federation_id, "running")) == [1, 1]
+
+
+def test_a_claim_that_is_refused_for_another_reason_keeps_its_entry(plant: Plant) -> None:
+    """As when a credential is being replaced: an entry that is acknowledged then would be missed for ten minutes."""
+
+    async def refuse(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = {"type": "about:blank", "title": "no", "status": 403, "code": "access.refused", "detail": "not now"}
+        await JSONResponse(problem, 403, media_type="application/problem+json")(scope, receive, send)
+
+    around_first_claim(plant, refuse)
+    plant.start(plant.build)
+    plant.until_built(plant.map_jobs())
+
+
 # ------------------------------------------------------------------------------------------------------- registration
 
 
@@ -356,7 +425,8 @@ def test_the_status_pages_show_the_model_and_the_job(plant: Plant) -> None:
     until(lambda: len(plant.job_events(federation_id, "queued")) == 2)
     status = Status(CARD)
     loaded: list[Status] = []
-    with serve_in_thread(build_app(lambda: loaded[0].view if loaded else None)) as port, plant.client() as client:
+    app = build_app(lambda: loaded[0].view if loaded else None, WorkMetrics("llm-server"))
+    with serve_in_thread(app) as port, plant.client() as client:
         url = f"http://127.0.0.1:{port}"
         assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
         assert httpx.get(f"{url}/readyz").status_code == 503

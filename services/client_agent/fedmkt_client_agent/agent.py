@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 from fedmkt.client import CoordinatorProblem, CoordinatorUnreachable
 from fedmkt.errors import Refusal
+from fedmkt.logs import binding
 from fedmkt.protocol import Apply, Finished, TrainAndUpload, Wait
 from fedmkt.stopping import Stopped
+from fedmkt.tracing import traced
 from fedmkt_client_agent import tasks
 from fedmkt_client_agent.site import Site
 
@@ -18,6 +20,7 @@ LONGEST_PAUSE_S = 60.0
 SHORTEST_POLL_S = 1.0  # a coordinator that answers 'wait' at once is not asked more often than this
 FINISHED_PAUSE_S = 30.0
 FATAL = frozenset({"site.revoked"})
+TOO_LATE = frozenset({"round.closed", "round.not_applying"})
 
 
 class Agent:
@@ -36,9 +39,13 @@ class Agent:
             except CoordinatorUnreachable as error:
                 self._trouble("unreachable", error, pause_s)
             except Refusal as error:
-                if isinstance(error, CoordinatorProblem) and error.code in FATAL:
+                code = error.code if isinstance(error, CoordinatorProblem) else ""
+                if code in FATAL:
                     raise
-                self._trouble("failed", error, pause_s)
+                if code in TOO_LATE:
+                    self._too_late(error)
+                else:
+                    self._trouble("failed", error, pause_s)
             except Exception as error:
                 log.exception("task.failed", extra={"pause_s": pause_s})
                 self._site.status.update(state="failed", reason=type(error).__name__)
@@ -71,11 +78,13 @@ class Agent:
     def _work(self, task: TrainAndUpload | Apply, do: Callable[[], None]) -> None:
         site = self._site
         site.status.update(state="working", round_id=task.round_id, round_number=task.round_number, step="")
-        fields = {"site": site.state.site, "round_id": task.round_id, "round_number": task.round_number}
-        log.info("task.begun", extra={**fields, "task": task.kind})
-        began = time.monotonic()
-        do()
-        log.info("task.done", extra={**fields, "task": task.kind, "seconds": round(time.monotonic() - began, 3)})
+        about = {"federation_id": site.state.federation_id, "site": site.state.site, "round_id": task.round_id}
+        with traced(f"task {task.kind}"), binding(**about, round_number=task.round_number):
+            log.info("task.begun", extra={"task": task.kind})
+            began = time.monotonic()
+            with site.status.metrics.work(task.kind):
+                do()
+            log.info("task.done", extra={"task": task.kind, "seconds": round(time.monotonic() - began, 3)})
 
     def _idle(self, state: str, reason: str) -> None:
         view = self._site.status.view
@@ -83,6 +92,12 @@ class Agent:
             log.info(f"agent.{state}", extra={"reason": reason})
         self._site.status.update(state=state, step="", done=0, total=0)
         self._site.status.update(reason=reason)
+
+    def _too_late(self, error: Refusal) -> None:
+        """The round went on without this site, which may still apply; the next task says what to do now."""
+        log.warning("task.too_late", extra={"code": error.code, "reason": error.detail})
+        self._site.status.update(state="waiting", step="", done=0, total=0)
+        self._site.status.update(reason=error.detail)
 
     def _trouble(self, state: str, error: Refusal, pause_s: float) -> None:
         log.warning("task.failed", extra={"code": error.code, "reason": error.detail, "pause_s": pause_s})

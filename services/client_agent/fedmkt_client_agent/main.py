@@ -33,7 +33,11 @@ Answer = TypeVar("Answer")
 def run(settings: Settings) -> int:
     """The program until a signal; its exit status."""
     return run_service(
-        "agent", lambda stop: serve(settings, stop), log_level=settings.log_level, log_style=settings.log_style
+        "agent",
+        lambda stop: serve(settings, stop),
+        log_level=settings.log_level,
+        log_style=settings.log_style,
+        otel=settings.otel,
     )
 
 
@@ -62,6 +66,7 @@ def prepare(stack: ExitStack, settings: Settings, store: AgentStore, status: Sta
     client = stack.enter_context(
         CoordinatorClient(settings.coordinator_url, SiteKey(state.site_id, key), retry=RETRY, wait=stop.wait)
     )
+    status.metrics.traffic = lambda: client.traffic
     me = patiently(client.me, status, stop)
     private = read_private_set(
         settings.private_file, settings.private_holdout_share, me.config.public_set.chat_template

@@ -31,6 +31,7 @@ class Settings(BaseSettings):
     status_port: int | None = Field(default=None, ge=0, le=65535, description="status pages; 0 chooses, none if unset")
     checkpoint_s: float = Field(default=300.0, gt=0, description="longest training that a kill can cost")
     poll_s: float = Field(default=30.0, ge=0, le=60, description="how long the coordinator may hold an answer back")
+    otel: bool = Field(default=False, description="OpenTelemetry spans; OTEL_ variables say where to")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_style: Literal["json", "text"] = "json"
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedmkt import fault_points
 from fedmkt.client import CoordinatorClient, Traffic
 from fedmkt.ml.checkpoints import Checkpoints
 from fedmkt.ml.party import Party
@@ -72,7 +73,11 @@ class Site:
     def commit(self, *, seconds: dict[str, float] | None = None, **work: Any) -> None:
         """`note`, and make it what the next process finds."""
         self.note(seconds=seconds, **work)
+        for done in work:
+            fault_points.reach(f"agent.{done}.uncommitted")
         self.state = self.store.commit(self.state)
+        for done in work:
+            fault_points.reach(f"agent.{done}.committed")
 
     def commit_party(self, *, state: dict[str, Any] | None = None, **changes: Any) -> None:
         """`commit`, together with the party as it is in memory now."""
@@ -83,6 +88,7 @@ class Site:
     def progress(self, step: str, done: int, total: int, /) -> None:
         """The progress of every phase: shown, logged now and again, and the place where a stop is noticed."""
         self.status.progress(step, done, total)
+        fault_points.reach(f"agent.{step}")
         self.stop.check()
 
     def checkpoints(self, phase: str) -> Checkpoints:

@@ -6,10 +6,11 @@ import time
 from datetime import UTC, datetime
 from typing import Literal
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 
 from fedmkt import __version__
+from fedmkt.work_metrics import WorkMetrics
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Status:
     """Written by the agent's thread, read by the status pages."""
 
     def __init__(self) -> None:
+        self.metrics = WorkMetrics("agent")
         self._lock = threading.Lock()
         self._view = StatusView(since=datetime.now(UTC))
         self._logged_at = 0.0
@@ -56,6 +58,7 @@ class Status:
     def progress(self, step: str, done: int = 0, total: int = 0) -> None:
         """Note how far a step is; logs its beginning and then now and again."""
         begins = step != self._view.step
+        self.metrics.progress(step, done)
         self.update(step=step, done=done, total=total)
         if begins or time.monotonic() - self._logged_at > LOG_INTERVAL_S:
             self._logged_at = time.monotonic()
@@ -63,12 +66,17 @@ class Status:
 
 
 def build_app(status: Status) -> FastAPI:
-    """GET /healthz, /status. For the loopback interface; says nothing that is secret, asks for no credential."""
+    """GET /healthz, /status, /metrics. For the loopback interface; says nothing secret, asks for no credential."""
     app = FastAPI(title="FedMKT agent", version=__version__, docs_url=None, redoc_url=None)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
+
+    @app.get("/metrics", response_class=Response)
+    async def scrape(request: Request) -> Response:
+        page, media_type = status.metrics.page(request.headers.get("accept", ""))
+        return Response(page, headers={"Content-Type": media_type})
 
     @app.get("/status")
     async def show() -> StatusView:

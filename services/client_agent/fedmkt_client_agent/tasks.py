@@ -79,6 +79,7 @@ def _train(site: Site, plan: RoundPlan) -> None:
     except TrainingDiverged as error:
         # The site is back where it was and can still teach and learn; the same training would only diverge again.
         log.warning("private.diverged", extra={"reason": error.detail})
+        site.status.metrics.diverged()
         report = None
     site.commit_party(
         state={"rounds_trained": site.state.rounds_trained + 1},
@@ -87,6 +88,7 @@ def _train(site: Site, plan: RoundPlan) -> None:
         seconds=clock.seconds,
     )
     checkpoints.clear()
+    site.status.metrics.trained(report)
     if report is not None:
         log.info("private.trained", extra={"steps": report.steps, "seconds": round(report.seconds, 3)})
 
@@ -152,6 +154,7 @@ def _learn(site: Site, task: Apply, plan: RoundPlan) -> None:
         progress=site.progress,
     )
     site.note(seconds=clock.seconds)
+    site.status.metrics.trained(applied.training)
     if applied.gate.decision == "kept":
         site.commit_party(report=_account(site, applied))
     else:

@@ -5,11 +5,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fedmkt import fault_points
 from fedmkt.errors import Refusal
-from fedmkt.knowledge import check_header, check_rows, decode, read_index
-from fedmkt.protocol import FederationConfig, UploadReceipt
+from fedmkt.knowledge import check_header, check_rows, decode, limits_for, read_index
+from fedmkt.protocol import CHUNK_BYTES, FederationConfig, Manifest, UploadReceipt
 from fedmkt.public_set import PublicSet
 from fedmkt_coordinator import rounds
+from fedmkt_coordinator.artifacts import ArtifactUnknown
+from fedmkt_coordinator.enrolment import check_active
 from fedmkt_coordinator.store import Transaction
 from fedmkt_coordinator.store.records import FederationRow, SiteRow, UploadRow
 from fedmkt_coordinator.uploads import (
@@ -49,9 +52,11 @@ async def complete(desk: Desk, site: SiteRow, upload_id: str) -> UploadReceipt:
     except Refusal as refusal:
         await _refuse(desk, upload, refusal)
         raise
-    await desk.artifacts.put(blob)
+    await desk.artifacts.keep_upload(upload_id, upload.manifest.digest, blob)
+    fault_points.reach("upload.artifact.stored")
     accepted = await _accept(desk, upload, site)
     await drop_chunks(desk, upload_id)
+    fault_points.reach("upload.chunks.dropped")
     return _receipt(desk, accepted)
 
 
@@ -99,13 +104,13 @@ async def _expected(tx: Transaction, upload: UploadRow, site: SiteRow) -> Expect
 async def _whole(desk: Desk, upload: UploadRow) -> bytes:
     manifest = upload.manifest
     try:
-        blob = await desk.artifacts.assemble(upload.id, len(manifest.chunks))
+        blob = await _assembled(desk, upload)
     except FileNotFoundError as error:
-        async with desk.store.write() as tx:
-            await tx.forget_chunks(upload.id)
-        raise UploadIncomplete("the artifact store has lost a chunk; send all of them again") from error
+        raise await _chunks_lost(desk, upload) from error
     digest = await asyncio.to_thread(lambda: hashlib.sha256(blob).hexdigest())
     if digest != manifest.digest:
+        if not await asyncio.to_thread(_chunks_hold, blob, manifest):  # a power cut has taken what was not on the disk
+            raise await _chunks_lost(desk, upload)
         raise UploadDigest(
             f"the chunks make {len(blob)} bytes with SHA-256 {digest}, {manifest.size_bytes} with {manifest.digest} "
             "were announced; announce it anew"
@@ -113,10 +118,32 @@ async def _whole(desk: Desk, upload: UploadRow) -> bytes:
     return blob
 
 
+async def _assembled(desk: Desk, upload: UploadRow) -> bytes:
+    try:
+        return await desk.artifacts.assemble(upload.id, len(upload.manifest.chunks))
+    except FileNotFoundError:
+        try:  # an attempt that got no further has made it an artifact
+            return await desk.artifacts.get(upload.manifest.digest)
+        except ArtifactUnknown as error:
+            raise FileNotFoundError(upload.id) from error
+
+
+async def _chunks_lost(desk: Desk, upload: UploadRow) -> UploadIncomplete:
+    async with desk.store.write() as tx:
+        await tx.forget_chunks(upload.id)
+    return UploadIncomplete("the artifact store has lost a chunk; send all of them again")
+
+
+def _chunks_hold(blob: bytes, manifest: Manifest) -> bool:
+    pieces = (blob[at : at + CHUNK_BYTES] for at in range(0, manifest.size_bytes, CHUNK_BYTES))
+    return [hashlib.sha256(piece).hexdigest() for piece in pieces] == list(manifest.chunks)
+
+
 def check_knowledge(blob: bytes, expected: Expected, public_set: PublicSet) -> None:
     """The header first: it is cheap, and says the most. Raises the Refusals of `fedmkt.knowledge`."""
     config = expected.config
-    header = read_index(blob).header
+    limits = limits_for(public_set, config.knowledge)
+    header = read_index(blob, limits=limits).header
     check_header(
         header,
         federation_id=expected.federation_id,
@@ -127,7 +154,7 @@ def check_knowledge(blob: bytes, expected: Expected, public_set: PublicSet) -> N
         vocabulary_size=expected.size,
         settings=config.knowledge,
     )
-    check_rows(decode(blob), public_set, _samples(public_set, config, expected.slice_index))
+    check_rows(decode(blob, limits=limits), public_set, _samples(public_set, config, expected.slice_index))
 
 
 def _samples(public_set: PublicSet, config: FederationConfig, slice_index: int) -> Sequence[int]:
@@ -153,6 +180,7 @@ async def _accept(desk: Desk, upload: UploadRow, site: SiteRow) -> UploadRow:
     """Upload, the site's part in the round, and what follows for the round, in one transaction."""
     async with desk.store.write() as tx:
         federation = await tx.federation(upload.federation_id, lock=True)
+        check_active(await tx.site(site.id))
         now = await tx.upload(upload.id)
         if now.state == "accepted":
             return now
@@ -166,6 +194,7 @@ async def _accept(desk: Desk, upload: UploadRow, site: SiteRow) -> UploadRow:
             site=upload.site,
             bytes=upload.manifest.size_bytes,
             digest=upload.manifest.digest,
+            seconds=round((tx.now - upload.created_at).total_seconds(), 3),
         )
         await rounds.advance(tx, federation.id)
     return accepted

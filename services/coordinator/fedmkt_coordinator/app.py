@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
@@ -11,20 +12,31 @@ from fastapi import FastAPI
 from fedmkt import __version__
 from fedmkt.protocol import Problem
 from fedmkt_coordinator import credentials
+from fedmkt_coordinator.arrivals import ReadAhead
 from fedmkt_coordinator.artifacts import ArtifactStore
+from fedmkt_coordinator.audit import Refusals
 from fedmkt_coordinator.context import Context
+from fedmkt_coordinator.dependencies import Dependencies
+from fedmkt_coordinator.description import describe
 from fedmkt_coordinator.embedded_redis import EmbeddedRedis
+from fedmkt_coordinator.handshake import Handshake
 from fedmkt_coordinator.keeper import Keeper
 from fedmkt_coordinator.keys import CoordinatorKey
-from fedmkt_coordinator.limits import BodyLimit
+from fedmkt_coordinator.limits import Gate
+from fedmkt_coordinator.metrics import Metrics
+from fedmkt_coordinator.observed import Observed
+from fedmkt_coordinator.outbound import Outbound
 from fedmkt_coordinator.problems import install_problems
 from fedmkt_coordinator.public_sets import PublicSets
 from fedmkt_coordinator.queue import JobQueue, without_password
-from fedmkt_coordinator.routes import routers
+from fedmkt_coordinator.rate_limits import Rates
+from fedmkt_coordinator.routes import methods_of, routers
+from fedmkt_coordinator.routes.conditional import Polls
 from fedmkt_coordinator.settings import Settings
-from fedmkt_coordinator.store import Clock, Store, open_engine
+from fedmkt_coordinator.store import Clock, Outbox, Store, open_engine
 from fedmkt_coordinator.store.migrate import migrate
 from fedmkt_coordinator.wakeups import Announcer, Wakeups
+from fedmkt_coordinator.webhooks import ATTEMPT_S, Deliverer
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +55,10 @@ def utc_now() -> datetime:
 
 
 def create_app(settings: Settings, *, clock: Clock = utc_now, keep_time: bool = True) -> FastAPI:
-    """`keep_time=False` leaves the keeper's loop out: a test moves the clock and calls `app.state.keeper.tick()`."""
+    """`keep_time=False` leaves the keeper's loop out: a test moves the clock and calls `app.state.keeper.tick()`.
+
+    The same goes for the webhooks' loop, `app.state.deliverer.look()`.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -52,10 +67,11 @@ def create_app(settings: Settings, *, clock: Clock = utc_now, keep_time: bool = 
             redis = await _embedded_redis(settings, stack)
             context = await _open(settings, clock, redis, stack)
             announcer = Announcer(context.store, context.queue, context.wakeups)
-            context.store.after_commit = announcer.announce
+            context.store.after_commit = _told_to(context.metrics, announcer)
             keeper = Keeper(context, announcer, redis)
-            app.state.context, app.state.keeper = context, keeper
-            await stack.enter_async_context(_running(announcer, keeper, keep_time=keep_time))
+            deliverer = _deliverer(context)
+            app.state.context, app.state.keeper, app.state.deliverer = context, keeper, deliverer
+            await stack.enter_async_context(_running(announcer, keeper, deliverer, keep_time=keep_time))
             log.info(
                 "coordinator.started", extra={"version": __version__, "redis": without_password(context.redis_url)}
             )
@@ -68,13 +84,30 @@ def create_app(settings: Settings, *, clock: Clock = utc_now, keep_time: bool = 
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
+        generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}",
         responses={"default": {"model": Problem, "description": "A problem: what is wrong, and what to do"}},
     )
     install_problems(app)
     for router in routers():
         app.include_router(router)
-    app.add_middleware(BodyLimit)
+    app.state.methods_of = methods_of
+    describe(app, routers)
+    app.add_middleware(Polls)  # the innermost: what others count and limit, they see
+    app.add_middleware(Gate, body_grace_s=settings.body_grace_s)
+    app.add_middleware(Handshake)
+    app.add_middleware(ReadAhead)
+    app.add_middleware(Observed)  # the outermost
     return app
+
+
+def _told_to(metrics: Metrics, announcer: Announcer) -> Callable[[Outbox], None]:
+    """Whoever learns of a commit."""
+
+    def tell(outbox: Outbox) -> None:
+        metrics.committed(outbox)
+        announcer.announce(outbox)
+
+    return tell
 
 
 async def _embedded_redis(settings: Settings, stack: AsyncExitStack) -> EmbeddedRedis | None:
@@ -98,6 +131,8 @@ async def _open(settings: Settings, clock: Clock, redis: EmbeddedRedis | None, s
     queue = JobQueue.connect(redis_url)
     stack.push_async_callback(queue.close)
     artifacts = ArtifactStore.open(settings.artifacts_url, settings.state_dir)
+    outbound = Outbound(allow_private=settings.webhook_allow_private, timeout_s=ATTEMPT_S)
+    stack.push_async_callback(outbound.close)
     return Context(
         settings=settings,
         store=store,
@@ -109,19 +144,38 @@ async def _open(settings: Settings, clock: Clock, redis: EmbeddedRedis | None, s
         key=await CoordinatorKey.load(store),
         clock=clock,
         checking=asyncio.Semaphore(settings.check_threads),
+        outbound=outbound,
+        rates=Rates.of(settings),
+        refusals=Refusals(time.monotonic),
+        metrics=Metrics(),
+        dependencies=Dependencies({"database": store.ping, "artifacts": artifacts.ping, "redis": queue.ping}),
+    )
+
+
+def _deliverer(context: Context) -> Deliverer:
+    settings = context.settings
+    return Deliverer(
+        context.store,
+        context.outbound,
+        interval_s=settings.keeper_interval_s,
+        patience_s=settings.webhook_patience_s,
     )
 
 
 @asynccontextmanager
-async def _running(announcer: Announcer, keeper: Keeper, *, keep_time: bool) -> AsyncIterator[None]:
+async def _running(
+    announcer: Announcer, keeper: Keeper, deliverer: Deliverer, *, keep_time: bool
+) -> AsyncIterator[None]:
     """The background loops, ended with the block: those that write finish what they do, listening is broken off."""
-    writing = [asyncio.create_task(_kept_alive(loop)) for loop in (announcer.run, keeper.run)[: 1 + keep_time]]
+    loops: list[Loop] = [announcer.run, *([keeper.run, deliverer.run] if keep_time else [])]
+    writing = [asyncio.create_task(_kept_alive(loop)) for loop in loops]
     listening = asyncio.create_task(_kept_alive(announcer.listen))
     try:
         yield
     finally:
         announcer.stop()
         keeper.stop()
+        deliverer.stop()
         await asyncio.wait(writing, timeout=FINISH_S)
         await _cancel([*writing, listening])
 

@@ -1,11 +1,14 @@
 """Immutable bytes named by their SHA-256, and the chunks of uploads that are not complete yet.
 
-A local folder by default; S3 and compatible stores by URL, with credentials from the usual AWS_ variables.
+A local folder by default; S3 and compatible stores by URL, with credentials from the usual AWS_ variables. An artifact
+that was put survives a power cut: receipts and finished jobs name it. Chunks may not, and are sent again then.
 """
 
 import asyncio
 import hashlib
+import os
 import secrets
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import datetime
@@ -14,13 +17,18 @@ from typing import Self
 
 import obstore
 from obstore.store import LocalStore, ObjectStore, from_url
+from starlette.requests import Request
 
+from fedmkt import fault_points
 from fedmkt.errors import Refusal
+from fedmkt.protocol import CHUNK_BYTES, ArtifactReceipt
+from fedmkt_coordinator.arrivals import Arrivals, read_range
 
 READ_BYTES = 1 << 20  # one piece of a stream
+MAX_PART_BYTES = 8 << 20  # of an artifact that comes in parts: held in memory
 
 ARTIFACTS = "artifacts"  # artifacts/<first two digits>/<digest>
-UPLOADS = "uploads"  # uploads/<upload id>/<chunk number>
+UPLOADS = "uploads"  # uploads/<upload id>/<chunk number>; on a disk uploads/<upload id>/whole, all chunks in one file
 INCOMING = "incoming"  # incoming/<random>: streams whose digest is not known yet
 
 
@@ -35,14 +43,25 @@ class ArtifactDigest(Refusal):
     title = "The bytes are not those that the digest names"
 
 
+class PartTooLarge(Refusal):
+    status = 413
+    code = "artifact.part_too_large"
+    title = "The part is too large"
+
+
 class ArtifactStore:
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
+        self.arrivals = Arrivals(store, INCOMING)
+        # An object store has kept what it has answered; a file system keeps what it was asked to synchronise.
+        self._disk = _Disk(Path(store.prefix)) if isinstance(store, LocalStore) and store.prefix else None
 
     @classmethod
     def open(cls, url: str | None, state_dir: Path) -> Self:
         if url is None:
-            return cls(LocalStore(state_dir / "objects", mkdir=True, automatic_cleanup=True))
+            store = LocalStore(state_dir / "objects", mkdir=True, automatic_cleanup=True)
+            _sync(state_dir)
+            return cls(store)
         return cls(from_url(url))
 
     async def ping(self) -> None:
@@ -54,12 +73,17 @@ class ArtifactStore:
 
     async def put(self, data: bytes) -> str:
         digest = hashlib.sha256(data).hexdigest()
-        await obstore.put_async(self._store, _path(digest), data)
+        if self._disk is None:
+            await obstore.put_async(self._store, _path(digest), data)
+        else:
+            draft = _draft()
+            await obstore.put_async(self._store, draft, data)
+            await self._name(draft, digest)
         return digest
 
     async def put_stream(self, digest: str, pieces: AsyncIterator[bytes]) -> int:
         """Store what comes if it has that digest, and return its size; ArtifactDigest otherwise, with nothing kept."""
-        draft = f"{INCOMING}/{secrets.token_hex(16)}"
+        draft = _draft()
         seen = _Hashed(pieces)
         await obstore.put_async(self._store, draft, seen)
         if seen.digest != digest:
@@ -67,8 +91,47 @@ class ArtifactStore:
             raise ArtifactDigest(
                 f"{seen.size_bytes} bytes came with SHA-256 {seen.digest}, the address says {digest}; send them again"
             )
-        await obstore.rename_async(self._store, draft, _path(digest))
+        await self._name(draft, digest)
         return seen.size_bytes
+
+    async def put_part(self, digest: str, content_range: str, request: Request) -> ArtifactReceipt:
+        """Take some bytes of an artifact, and make it one when all are there; says how many that are."""
+        span = read_range(content_range)
+        key = f"parts/{digest}"
+        if await self._exists(digest):
+            return ArtifactReceipt(digest=digest, size_bytes=span.total, arrived_bytes=span.total)
+        if span.stop - span.start > MAX_PART_BYTES:
+            raise PartTooLarge(
+                f"{span.stop - span.start} bytes in one part, at most {MAX_PART_BYTES}; send smaller ones"
+            )
+        if span.stop > span.start:
+            await self.arrivals.keep(key, span, await self.arrivals.receive(key, span, request))
+        await self.arrivals.settle(key)
+        arrived = await self.arrivals.there(key)
+        if arrived == span.total:
+            try:
+                await self.put_stream(digest, self.arrivals.stream(key, span.total))
+            finally:
+                await self.arrivals.drop(key)
+        return ArtifactReceipt(digest=digest, size_bytes=span.total, arrived_bytes=arrived)
+
+    async def _exists(self, digest: str) -> bool:
+        try:
+            await self.size(digest)
+        except ArtifactUnknown:
+            return False
+        return True
+
+    async def _name(self, draft: str, digest: str) -> None:
+        """Make a draft the artifact of that digest: first its bytes are safe, then its name, so no name lacks bytes."""
+        path = _path(digest)
+        if self._disk is not None:
+            await asyncio.to_thread(self._disk.sync_bytes, draft)
+        fault_points.reach("artifact.drafted")
+        await obstore.rename_async(self._store, draft, path)
+        if self._disk is not None:
+            await asyncio.to_thread(self._disk.sync_name, path)
+        fault_points.reach("artifact.stored")
 
     async def size(self, digest: str) -> int:
         try:
@@ -91,10 +154,25 @@ class ArtifactStore:
     # -------------------------------------------------------------------------------------------- chunks of uploads
 
     async def put_chunk(self, upload_id: str, number: int, data: bytes) -> None:
-        await obstore.put_async(self._store, _chunk(upload_id, number), data)
+        if self._disk is None:
+            await obstore.put_async(self._store, _chunk(upload_id, number), data)
+        else:
+            await asyncio.to_thread(self._disk.write_at, _whole(upload_id), number * CHUNK_BYTES, data)
+
+    async def keep_upload(self, upload_id: str, digest: str, blob: bytes) -> None:
+        """Make the assembled upload the artifact of that digest, which it has. On a disk its bytes lie there."""
+        if self._disk is None:
+            await obstore.put_async(self._store, _path(digest), blob)
+            return
+        try:
+            await self._name(_whole(upload_id), digest)
+        except FileNotFoundError:  # named before, by an attempt that got no further
+            await self.size(digest)
 
     async def assemble(self, upload_id: str, chunks: int) -> bytes:
-        """The whole upload in memory: it is checked as one piece."""
+        """The whole upload in memory: it is checked as one piece. FileNotFoundError when something of it is gone."""
+        if self._disk is not None:
+            return await asyncio.to_thread(self._disk.read, _whole(upload_id))
         whole = bytearray()
         for number in range(chunks):
             found = await obstore.get_async(self._store, _chunk(upload_id, number))
@@ -102,6 +180,9 @@ class ArtifactStore:
         return bytes(whole)
 
     async def drop_chunks(self, upload_id: str) -> None:
+        if self._disk is not None:
+            await asyncio.to_thread(self._disk.remove, f"{UPLOADS}/{upload_id}")
+            return
         await self._drop(f"{UPLOADS}/{upload_id}/")
 
     async def sweep_incoming(self, before: datetime) -> int:
@@ -117,6 +198,45 @@ class ArtifactStore:
                     await obstore.delete_async(self._store, path)
             dropped += len(paths)
         return dropped
+
+
+class _Disk:
+    """The folder of a LocalStore, which itself leaves it to the system when bytes and names reach the disk."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._kept: set[Path] = set()  # folders whose own names are safe
+
+    def write_at(self, path: str, offset: int, data: bytes) -> None:
+        """All chunks of an upload go into one file, each in its place: what is complete need not be written again."""
+        target = self._root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(target, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            left = memoryview(data)
+            while left:
+                written = os.pwrite(handle, left, offset)
+                left, offset = left[written:], offset + written
+        finally:
+            os.close(handle)
+
+    def read(self, path: str) -> bytes:
+        return (self._root / path).read_bytes()
+
+    def remove(self, folder: str) -> None:
+        with suppress(FileNotFoundError):  # another request was faster
+            shutil.rmtree(self._root / folder)
+
+    def sync_bytes(self, path: str) -> None:
+        _sync(self._root / path)
+
+    def sync_name(self, path: str) -> None:
+        folder = (self._root / path).parent
+        _sync(folder)
+        if folder not in self._kept:  # from the root down: a folder counts as kept once all above it are
+            for each in (*(up for up in reversed(folder.parents) if self._root in up.parents), folder):
+                _sync(each.parent)
+                self._kept.add(each)
 
 
 class _Hashed:
@@ -140,8 +260,25 @@ class _Hashed:
             yield piece
 
 
+def _sync(path: Path) -> None:
+    """Until the content of a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _draft() -> str:
+    return f"{INCOMING}/{secrets.token_hex(16)}"
+
+
 def _path(digest: str) -> str:
     return f"{ARTIFACTS}/{digest[:2]}/{digest}"
+
+
+def _whole(upload_id: str) -> str:
+    return f"{UPLOADS}/{upload_id}/whole"
 
 
 def _chunk(upload_id: str, number: int) -> str:

@@ -1,6 +1,7 @@
 """`fedmkt coordinator`: run the service, or show what an operator needs to reach it."""
 
 import logging
+import os
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -9,8 +10,11 @@ import typer
 import uvicorn
 from fastapi import FastAPI
 
+from fedmkt import fault_points
 from fedmkt.logs import configure_logs
+from fedmkt.tracing import configure
 from fedmkt_coordinator.app import create_app
+from fedmkt_coordinator.connections import with_bounded_heads
 from fedmkt_coordinator.context import Context
 from fedmkt_coordinator.credentials import FILE, STAFF, read_or_make
 from fedmkt_coordinator.settings import Settings, read_settings
@@ -73,17 +77,24 @@ def serve(settings: Settings) -> None:
     configure_logs("coordinator", level=settings.log_level, style=settings.log_style)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.captureWarnings(True)
+    fault_points.arm(os.environ, listens_at=settings.host)
+    end_tracing = configure("coordinator") if settings.otel else None
     service = create_app(settings)
     config = uvicorn.Config(
         service,
         host=settings.host,
         port=settings.port,
+        http=with_bounded_heads(settings.header_timeout_s),
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=GRACE_S,
     )
-    Server(config, service).run()
+    try:
+        Server(config, service).run()
+    finally:
+        if end_tracing is not None:
+            end_tracing()
 
 
 @app.command()

@@ -7,10 +7,15 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from fedmkt_coordinator.artifacts import ArtifactStore
+from fedmkt_coordinator.audit import Refusals
+from fedmkt_coordinator.dependencies import Dependencies
 from fedmkt_coordinator.jobs import Patience
 from fedmkt_coordinator.keys import CoordinatorKey
+from fedmkt_coordinator.metrics import Metrics
+from fedmkt_coordinator.outbound import Outbound
 from fedmkt_coordinator.public_sets import PublicSets
 from fedmkt_coordinator.queue import JobQueue
+from fedmkt_coordinator.rate_limits import Rates
 from fedmkt_coordinator.settings import Settings
 from fedmkt_coordinator.store import Clock, Store
 from fedmkt_coordinator.uploads import Desk
@@ -29,6 +34,11 @@ class Context:
     key: CoordinatorKey
     clock: Clock
     checking: asyncio.Semaphore
+    outbound: Outbound
+    rates: Rates
+    refusals: Refusals
+    metrics: Metrics
+    dependencies: Dependencies
 
     @property
     def patience(self) -> Patience:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedmkt_coordinator.ids import new_secret, secret_hash
 from fedmkt_coordinator.settings import Settings
-from fedmkt_coordinator.store import Store
+from fedmkt_coordinator.store import Store, Transaction
 
 StaffRole = Literal["operator", "viewer", "worker"]
 STAFF: tuple[StaffRole, ...] = get_args(StaffRole)
@@ -59,7 +59,12 @@ async def install(store: Store, settings: Settings) -> None:
             for origin, token in ((FROM_SETTINGS, from_settings), (kept.installation if kept else None, from_file)):
                 if origin is None:
                     continue
-                token_hash = secret_hash(token) if token else None
-                await tx.drop_credentials(role, origin, token_hash)
-                if token_hash is not None:
-                    await tx.set_credential(token_hash, role, origin)
+                await _make_accepted(tx, role, origin, secret_hash(token) if token else None)
+
+
+async def _make_accepted(tx: Transaction, role: StaffRole, origin: str, token_hash: str | None) -> None:
+    """Exactly this token of that role and origin, or none."""
+    dropped = await tx.drop_credentials(role, origin, token_hash)
+    added = token_hash is not None and await tx.set_credential(token_hash, role, origin)
+    if dropped or added:
+        tx.audit("credentials.changed", role, {"origin": origin, "added": int(added), "dropped": dropped})

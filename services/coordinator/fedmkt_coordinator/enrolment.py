@@ -1,5 +1,6 @@
 """How a site gets in and out: one-time token, its own key, signed assertions, revocation."""
 
+import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -8,15 +9,18 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fedmkt.errors import Refusal
-from fedmkt.protocol import PROTOCOL_VERSION, Enrolled, Enrolment, EnrolmentToken
-from fedmkt.signing import ASSERTION_AUDIENCE
+from fedmkt.protocol import Enrolled, Enrolment, EnrolmentToken
+from fedmkt.signing import ASSERTION_AUDIENCE, is_weak
 from fedmkt_coordinator import rounds
+from fedmkt_coordinator.handshake import check_protocol
 from fedmkt_coordinator.ids import new_secret, secret_hash
 from fedmkt_coordinator.store import Store, Transaction
 from fedmkt_coordinator.store.records import EnrolmentTokenRow, FederationRow, SiteRow
 from fedmkt_coordinator.store.sites import SiteUnknown
 
 MAX_ASSERTION_S = 300
+JTI = re.compile(r"[\x20-\x7e]{1,100}")
+SITE_ID = re.compile(r"site_[0-9a-f]{16,32}")
 
 
 class SiteNotNamed(Refusal):
@@ -36,10 +40,9 @@ class EnrolmentRefused(Refusal):
     title = "The enrolment token does not work"
 
 
-class OtherProtocol(Refusal):
-    status = 426
-    code = "protocol.mismatch"
-    title = "Coordinator and site speak different protocols"
+class WeakKey(Refusal):
+    code = "enrolment.weak_key"
+    title = "The public key proves nothing"
 
 
 class SiteRevoked(Refusal):
@@ -85,12 +88,9 @@ async def issue_token(store: Store, federation_id: str, site: str, life_s: int) 
 
 async def enrol(store: Store, enrolment: Enrolment) -> Enrolled:
     """Use the token up for this key; the same token with the same key gives the same answer again."""
-    if enrolment.protocol_version != PROTOCOL_VERSION:
-        older = "site" if enrolment.protocol_version < PROTOCOL_VERSION else "coordinator"
-        raise OtherProtocol(
-            f"the coordinator speaks protocol {PROTOCOL_VERSION}, the site {enrolment.protocol_version}; "
-            f"update the {older}"
-        )
+    check_protocol(str(enrolment.protocol_version))
+    if is_weak(enrolment.public_key):
+        raise WeakKey(f"for the key {enrolment.public_key[:16]}... anybody can sign; make a new one")
     token_hash = secret_hash(enrolment.token)
     async with store.write() as tx:
         token = await tx.enrolment_token(token_hash)
@@ -119,7 +119,7 @@ async def _site_of(tx: Transaction, stale: EnrolmentTokenRow, public_key: str) -
         )
     site = await tx.add_site(token.federation_id, token.site, public_key)
     await tx.use_enrolment_token(token.token_hash, site.id)
-    await tx.append(token.federation_id, "site.enrolled", site=site.name)
+    await tx.append(token.federation_id, "site.enrolled", site=site.name, site_id=site.id, public_key=site.public_key)
     return site
 
 
@@ -169,7 +169,7 @@ async def accept_assertion(store: Store, assertion: str, skew_s: int) -> SiteRow
         try:
             site = check_active(await tx.site(claimed))
         except SiteUnknown as error:
-            raise AssertionRefused(f"there is no site {claimed[:80]}; enrol first") from error
+            raise AssertionRefused(f"there is no site {claimed}; enrol first") from error
         proved = _verified(assertion, site)
         _check_times(proved, tx.now, skew_s)
         kept_until = datetime.fromtimestamp(proved.expires_at, tx.now.tzinfo) + timedelta(seconds=skew_s)
@@ -184,7 +184,10 @@ def _claimed_site(assertion: str) -> str:
         claims: dict[str, Any] = jwt.decode(assertion, options={"verify_signature": False})
     except jwt.InvalidTokenError as error:
         raise AssertionRefused(f"the assertion is no JWT ({error}); sign iss, sub, aud, iat, exp and jti") from error
-    return str(claims.get("iss", ""))
+    claimed = claims.get("iss")
+    if not (isinstance(claimed, str) and SITE_ID.fullmatch(claimed)):
+        raise AssertionRefused("iss is no site id; sign iss = sub = the site_id that enrolment answered with")
+    return claimed
 
 
 def _verified(assertion: str, site: SiteRow) -> Assertion:
@@ -205,10 +208,10 @@ def _verified(assertion: str, site: SiteRow) -> Assertion:
             },
         )
         proved = Assertion(site.id, str(claims["jti"]), float(claims["iat"]), float(claims["exp"]))
-    except (jwt.InvalidTokenError, TypeError, ValueError) as error:
+    except (jwt.InvalidTokenError, TypeError, ValueError, OverflowError) as error:
         raise AssertionRefused(f"the assertion of site {site.name} does not hold: {error}") from error
-    if not 1 <= len(proved.jti) <= 100:
-        raise AssertionRefused(f"jti has {len(proved.jti)} characters, 1 to 100 are accepted")
+    if not JTI.fullmatch(proved.jti):
+        raise AssertionRefused(f"jti has {len(proved.jti)} characters, 1 to 100 of printable ASCII are accepted")
     return proved
 
 

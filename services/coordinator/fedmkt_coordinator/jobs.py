@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from fedmkt import fault_points
 from fedmkt.errors import Refusal
 from fedmkt.protocol import (
     DistillJob,
@@ -76,6 +77,7 @@ async def heartbeat(store: Store, patience: Patience, job_id: str, beat: Heartbe
         if beat.progress is not None and beat.progress != job.progress and job.round_id is not None:
             step, done, total = beat.progress.step, beat.progress.done, beat.progress.total
             await tx.append(job.federation_id, "llm.progress", round_id=job.round_id, step=step, done=done, total=total)
+    fault_points.reach("job.heartbeat.committed")
     assert renewed.lease_expires_at is not None
     return HeartbeatReply(lease_expires_at=renewed.lease_expires_at, cancelled=False)
 
@@ -119,7 +121,10 @@ async def expire_leases(store: Store, patience: Patience) -> int:
         async with store.write() as tx:
             job = await _locked(tx, stale.id)
             if job.state == "running" and job.lease_expires_at is not None and job.lease_expires_at < tx.now:
-                reason = f"the worker was silent for more than {patience.lease_s:g} s"
+                reason = (
+                    f"the worker was silent for more than {patience.lease_s:g} s (lease_s): it was killed, perhaps for "
+                    "want of memory, or lost its connection; the LLM server's log says how far it was"
+                )
                 await _give_up(tx, patience, job, reason, retry=True)
     return len(expired)
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -10,20 +11,61 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from fedmkt.errors import Refusal
+from fedmkt.logs import bind, bound
 from fedmkt.protocol import Problem
+from fedmkt_coordinator.audit import Refusals
+from fedmkt_coordinator.store.audit import acting
 
 log = logging.getLogger(__name__)
 
 MAX_COMPLAINTS = 10  # validation errors quoted in one problem
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A problem for the API's description; `details` are what it may say, `...` for what is filled in."""
+
+    status: int
+    code: str
+    title: str
+    details: tuple[str, ...]
+
+
+# What is answered before any route is asked. What routes refuse are classes beside the rules.
+ALWAYS = (
+    Known(400, "request.control_character", "The address is not readable", ("send the address without it",)),
+    Known(408, "body.too_slow", "The body comes too slowly", ("send it again on a better line",)),
+    Known(413, "body.too_large", "The body is too large", ("the body has ... bytes, at most ... are accepted",)),
+    Known(500, "internal", "Internal error", ("the coordinator made a mistake; the request may be sent again",)),
+)
+OTHER_PROTOCOL = Known(
+    426,
+    "protocol.mismatch",
+    "Coordinator and client speak different protocols",
+    ("the coordinator speaks protocol ..., the client ...; update the ...",),
+)
+NOT_FOUND = Known(404, "http.not_found", "Not Found", ("there is no such address; GET /openapi.json lists them",))
+MALFORMED = Known(422, "request.malformed", "The request is malformed", ("body.name: ...; send it as described",))
+NOT_TEXT = Known(400, "http.bad_request", "Bad Request", ("the body is no UTF-8 text",))
+
+
 def problem_response(
     status: int, code: str, title: str, detail: str, instance: str | None, headers: Mapping[str, str] | None = None
 ) -> Response:
+    request_id = bound().get("request_id")
     problem = Problem(
-        type=f"urn:fedmkt:problem:{code}", title=title, status=status, code=code, detail=detail, instance=instance
+        type=f"urn:fedmkt:problem:{code}",
+        title=title,
+        status=status,
+        code=code,
+        detail=detail,
+        instance=instance,
+        request_id=str(request_id) if request_id else None,
     )
+    bind(code=code)  # for the request's own line and metrics
     sent = dict(headers or {})
+    if request_id:  # also in the answer to a mistake of ours, which is made outside of all middleware
+        sent["X-Request-ID"] = str(request_id)
     if status == 401:
         sent.setdefault("WWW-Authenticate", "Bearer")
     return Response(
@@ -40,8 +82,10 @@ def install_problems(app: FastAPI) -> None:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    log.info("request.refused", extra={"code": error.code, "method": request.method, "path": request.url.path})
-    return problem_response(error.status, error.code, error.title, error.detail, request.url.path)
+    log.info("request.refused", extra={"code": error.code, "reason": error.detail[:500]})
+    refusals: Refusals = request.app.state.context.refusals  # the context's own module imports this one
+    refusals.note(error.code, acting.get(), request.url.path)
+    return problem_response(error.status, error.code, error.title, error.detail, request.url.path, error.headers)
 
 
 async def _malformed(request: Request, error: Exception) -> Response:
@@ -58,7 +102,10 @@ async def _http(request: Request, error: Exception) -> Response:
     title = HTTPStatus(error.status_code).phrase
     code = f"http.{title.lower().replace(' ', '_').replace('-', '_')}"
     detail = f"{request.method} {request.url.path}: {error.detail}"
-    return problem_response(error.status_code, code, title, detail, request.url.path, error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # the framework names the methods of the first route with this path alone
+        headers["Allow"] = ", ".join(sorted(request.app.state.methods_of(request.url.path)))
+    return problem_response(error.status_code, code, title, detail, request.url.path, headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

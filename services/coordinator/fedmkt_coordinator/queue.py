@@ -3,7 +3,8 @@
 Only commands of Redis 6.2, so that Valkey and older servers do.
 """
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+import secrets
+from collections.abc import AsyncGenerator, Sequence
 from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
@@ -17,7 +18,7 @@ GROUP = "llm-servers"
 # String per job and number of claims so far: it is in the stream. Owner: the coordinator. Ends after MARKER_S, so that
 # an entry that was lost on the way is added again.
 MARKER = "fedmkt:queued:"
-# Channel per federation, no payload: something was committed. Owner: the coordinator.
+# Channel per federation: something was committed. "<who published> <who has to hear of it>". Owner: the coordinator.
 WAKE = "fedmkt:wake:"
 
 MARKER_S = 600
@@ -39,6 +40,7 @@ Unavailable = (RedisError, OSError)  # what a Redis that is down, gone or overlo
 class JobQueue:
     def __init__(self, client: Redis) -> None:
         self._client = client
+        self._name = secrets.token_hex(8)  # of this replica, which need not hear what it said itself
         self._add = client.register_script(_ADD)
 
     @classmethod
@@ -62,12 +64,14 @@ class JobQueue:
             added += int(await self._add(keys=keys, args=[GROUP, MARKER_S, MAX_ENTRIES, job_id]))
         return added
 
-    async def wake(self, federation_ids: Iterable[str]) -> None:
-        for federation_id in federation_ids:
-            await self._client.publish(WAKE + federation_id, "")
+    async def wake(self, federation_id: str, hears: str) -> None:
+        await self._client.publish(WAKE + federation_id, f"{self._name} {hears}")
 
-    async def heard(self) -> AsyncGenerator[str]:
-        """Federation ids as others wake them; the empty id once, when listening has begun. Ends by an exception."""
+    async def heard(self) -> AsyncGenerator[tuple[str, str]]:
+        """(federation id, who has to hear) as other replicas wake them; empty once, when listening has begun.
+
+        Ends by an exception.
+        """
         async with self._client.pubsub() as pubsub:
             await pubsub.psubscribe(f"{WAKE}*")
             while True:
@@ -75,9 +79,11 @@ class JobQueue:
                 if message is None:
                     continue
                 if message["type"] == "psubscribe":
-                    yield ""
+                    yield "", ""
                 elif message["type"] == "pmessage":
-                    yield str(message["channel"]).removeprefix(WAKE)
+                    name, _, hears = str(message["data"]).partition(" ")
+                    if name != self._name:
+                        yield str(message["channel"]).removeprefix(WAKE), hears
 
     async def ping(self) -> None:
         await self._client.ping()

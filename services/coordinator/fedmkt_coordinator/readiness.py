@@ -47,6 +47,11 @@ def _complete(maps: SiteMaps | None) -> bool:
     return maps is not None and maps.pending == 0 and maps.failed is None
 
 
+async def maps_of(tx: Transaction, federation: FederationRow, site: SiteRow) -> SiteMaps | None:
+    """One site's maps, without a look at the others; None for a site that has no vocabulary yet."""
+    return (await _maps(tx, federation, [site])).get(site.name)
+
+
 async def _maps(tx: Transaction, federation: FederationRow, sites: Iterable[SiteRow]) -> dict[str, SiteMaps]:
     llm = federation.llm_vocabulary
     known = [site for site in sites if site.vocabulary is not None]

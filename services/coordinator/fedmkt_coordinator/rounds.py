@@ -9,8 +9,9 @@ from dataclasses import replace
 from datetime import timedelta
 
 from fedmkt.errors import Refusal
-from fedmkt.protocol import ApplyReport, DistillJob, RoundState, UploadedKnowledge
+from fedmkt.protocol import ApplyReport, DistillJob, RoundRequest, RoundState, UploadedKnowledge
 from fedmkt_coordinator.readiness import Readiness, named, order_maps, readiness
+from fedmkt_coordinator.schedule import asked_before, end_schedule, set_schedule, take_tick
 from fedmkt_coordinator.store import Store, Transaction
 from fedmkt_coordinator.store.records import FederationRow, RoundRow, RoundSiteRow, SiteRow
 from fedmkt_coordinator.store.rounds import RoundUnknown
@@ -34,19 +35,12 @@ class RoundNotApplying(Refusal):
     title = "The round takes no reports now"
 
 
-class KeyUsed(Refusal):
-    status = 422
-    code = "idempotency_key.used"
-    title = "The Idempotency-Key belongs to another request"
-
-
 # ------------------------------------------------------------------------------------------------ moving on
 
 
 async def advance(tx: Transaction, federation_id: str) -> None:
     """Take every step that the committed facts and the time allow."""
     federation = await tx.federation(federation_id, lock=True)
-    await order_maps(tx, federation)
     while await _step(tx, federation):
         pass
 
@@ -67,8 +61,11 @@ async def _step(tx: Transaction, federation: FederationRow) -> bool:
 
 async def _begin(tx: Transaction, federation: FederationRow) -> bool:
     begun = await tx.rounds_begun(federation.id)
-    if federation.rounds_requested <= begun:
+    if federation.paused_at is not None:
         return False
+    if federation.rounds_requested <= begun and not await take_tick(tx, federation):
+        return False
+    await order_maps(tx, federation)
     now_ready = await readiness(tx, federation)
     if now_ready.waits_for:
         return False
@@ -79,12 +76,12 @@ async def _begin(tx: Transaction, federation: FederationRow) -> bool:
 
 
 async def _end_collecting(tx: Transaction, federation: FederationRow, row: RoundRow) -> bool:
+    late = row.deadline is not None and row.deadline <= tx.now
+    if not late and await tx.awaited_uploads(row.id, 1):
+        return False
     parts = [part for part in await tx.parts([row.id]) if part.expected]
     uploaded = [part for part in parts if part.uploaded_at is not None]
     awaited = [part.site for part in parts if part.uploaded_at is None]
-    late = row.deadline is not None and row.deadline <= tx.now
-    if awaited and not late:
-        return False
     quorum = federation.config.schedule.quorum
     if len(uploaded) >= quorum:
         await _distill(tx, federation, row, uploaded)
@@ -158,8 +155,10 @@ async def _end_distilling(tx: Transaction, federation: FederationRow, row: Round
 
 
 async def _end_applying(tx: Transaction, federation: FederationRow, row: RoundRow) -> bool:
-    awaited = await awaited_appliers(tx, federation, row)
     late = row.deadline is not None and row.deadline <= tx.now
+    if not late and await tx.awaits_uploader(row):
+        return False
+    awaited = await awaited_appliers(tx, federation, row)
     if awaited and not late:
         return False
     reason = f"{named(awaited)} did not report before the deadline" if awaited else None
@@ -205,36 +204,70 @@ def _reported(part: RoundSiteRow | None) -> bool:
 # ------------------------------------------------------------------------------------------------ what people ask for
 
 
-async def request_rounds(store: Store, federation_id: str, count: int, key: str | None) -> None:
-    """Ask for `count` more rounds; the same Idempotency-Key asks once."""
+async def request_rounds(store: Store, federation_id: str, wanted: RoundRequest, key: str | None) -> None:
+    """Ask for more rounds, or for a schedule; the same Idempotency-Key asks once."""
     async with store.write() as tx:
         federation = await tx.federation(federation_id, lock=True)
-        if key is not None:
-            before = await tx.idempotent(f"rounds:{federation_id}", key, str(count))
-            if before is not None and before != str(count):
-                raise KeyUsed(f"the key came with count {before} before and with {count} now; use a key once")
-            if before is not None:
-                return
-        total = federation.rounds_requested + count
-        await tx.set_rounds_requested(federation, total)
-        await tx.append(federation_id, "rounds.requested", count=count, total=total)
+        if await asked_before(tx, federation, wanted, key):
+            return
+        if wanted.every_s is None:
+            count = wanted.count or 1
+            total = federation.rounds_requested + count
+            await tx.set_rounds_requested(federation, total)
+            await tx.append(federation_id, "rounds.requested", count=count, total=total)
+        else:
+            await set_schedule(tx, federation, wanted.every_s, wanted.count)
         await advance(tx, federation_id)
 
 
-async def cancel(store: Store, round_id: str) -> None:
-    """End the round now and withdraw those that were to follow it; a cancelled round stays as it is."""
+async def pause(store: Store, federation_id: str) -> None:
+    """Begin no more rounds until `resume`; the running one ends as it would. Paused again, nothing changes."""
     async with store.write() as tx:
-        federation_id = (await tx.round(round_id)).federation_id
         federation = await tx.federation(federation_id, lock=True)
+        if federation.paused_at is None:
+            await tx.set_paused(federation, tx.now)
+            await tx.append(federation_id, "rounds.paused")
+
+
+async def resume(store: Store, federation_id: str) -> None:
+    async with store.write() as tx:
+        federation = await tx.federation(federation_id, lock=True)
+        if federation.paused_at is not None:
+            await tx.set_paused(federation, None)
+            await tx.append(federation_id, "rounds.resumed", paused_s=(tx.now - federation.paused_at).total_seconds())
+            await advance(tx, federation_id)
+
+
+async def cancel(store: Store, round_id: str) -> None:
+    """End the round now, withdraw those that were to follow it, and end the schedule; once cancelled, it stays."""
+    async with store.write() as tx:
+        federation = await tx.federation((await tx.round(round_id)).federation_id, lock=True)
         row = await tx.round(round_id)
         if row.state == "cancelled":
             return
         if not row.active:
             raise RoundOver(f"round {row.number} is {row.state} since {row.state_since.isoformat()}: nothing to cancel")
-        withdrawn = federation.rounds_requested - row.number
-        await tx.set_rounds_requested(federation, row.number)
-        await end_round(tx, row, "cancelled", "an operator cancelled it")
-        await tx.append(federation_id, "rounds.withdrawn", round_id=round_id, count=withdrawn, total=row.number)
+        await _withdraw(tx, federation, row)
+
+
+async def cancel_all(store: Store, federation_id: str) -> None:
+    """As `cancel`, of whichever round runs, if any does."""
+    async with store.write() as tx:
+        federation = await tx.federation(federation_id, lock=True)
+        await _withdraw(tx, federation, await tx.active_round(federation_id))
+
+
+async def _withdraw(tx: Transaction, federation: FederationRow, active: RoundRow | None) -> None:
+    begun = await tx.rounds_begun(federation.id)
+    withdrawn = federation.rounds_requested - begun
+    await end_schedule(tx, federation, "an operator cancelled it")
+    if withdrawn:
+        await tx.set_rounds_requested(federation, begun)
+    if active is not None:
+        await end_round(tx, active, "cancelled", "an operator cancelled it")
+    if withdrawn or active is not None:
+        round_id = active.id if active is not None else None
+        await tx.append(federation.id, "rounds.withdrawn", round_id=round_id, count=withdrawn, total=begun)
 
 
 async def report(store: Store, site: SiteRow, round_id: str, given: ApplyReport) -> RoundSiteRow:

@@ -34,12 +34,25 @@ class Settings(BaseSettings):
     enrolment_token_s: int = Field(default=7 * 86400, ge=60, le=90 * 86400)
     clock_skew_s: int = Field(default=60, ge=0, le=600, description="how wrong a site's clock may be")
 
+    site_rate_per_s: float = Field(default=200.0, gt=0, description="requests of one site; ten seconds' worth at once")
+    staff_rate_per_s: float = Field(default=2000.0, gt=0, description="the same of an operator's or worker's token")
+    address_rate_per_s: float = Field(default=200.0, gt=0, description="the same of an address without any token")
+    body_grace_s: float = Field(default=60.0, gt=0, description="how long the sending of a body may stall")
+    header_timeout_s: float = Field(default=20.0, gt=0, description="how long the head of a request may take")
+
     lease_s: float = Field(default=30.0, gt=0, le=3600, description="a worker that is silent for longer loses its job")
     max_attempts: int = Field(default=3, ge=1, le=100)
     retry_delay_s: float = Field(default=2.0, ge=0, le=600, description="a failed job waits attempts times as long")
+    metrics_open: bool = Field(default=False, description="/metrics without a token, behind a proxy that guards it")
+    otel: bool = Field(default=False, description="OpenTelemetry spans; OTEL_ variables say where to")
     keeper_interval_s: float = Field(default=1.0, gt=0, le=60)
     poll_max_s: float = Field(default=60.0, gt=0, le=600, description="longest long poll")
     poll_recheck_s: float = Field(default=1.0, gt=0, le=60, description="how often a waiting request looks by itself")
+
+    webhook_allow_private: bool = Field(default=False, description="webhooks may go to private and loopback addresses")
+    webhook_patience_s: float = Field(
+        default=5 * 86400, gt=0, description="a webhook that fails for longer is disabled"
+    )
 
     max_upload_bytes: int = Field(default=MAX_KNOWLEDGE_BYTES, gt=0, le=MAX_KNOWLEDGE_BYTES)
     check_threads: int = Field(default=2, ge=1, le=64, description="uploads checked at the same time")

@@ -5,8 +5,8 @@ from datetime import datetime, timedelta
 
 from fedmkt.protocol import Apply, Task, TrainAndUpload, Wait
 from fedmkt_coordinator.enrolment import check_active
-from fedmkt_coordinator.readiness import named, readiness
-from fedmkt_coordinator.rounds import awaited_appliers, may_apply
+from fedmkt_coordinator.readiness import MAX_NAMED, maps_of, named, readiness
+from fedmkt_coordinator.rounds import may_apply
 from fedmkt_coordinator.store import Store, Transaction
 from fedmkt_coordinator.store.records import FederationRow, RoundRow, RoundSiteRow, SiteRow
 from fedmkt_coordinator.wakeups import Wakeups
@@ -20,10 +20,9 @@ async def next_task(store: Store, wakeups: Wakeups, site: SiteRow, wait_s: float
     """The site's task; an answer 'wait' is held back until it changes or `wait_s` have passed."""
     clock = asyncio.get_running_loop().time
     ends = clock() + wait_s
-    async with store.write() as tx:
-        await tx.saw_site(site.id)
+    await store.saw_site(site.id)
     while True:
-        bell = wakeups.bell(site.federation_id)
+        bell = wakeups.bell(site.federation_id, "tasks")
         async with store.read() as tx:
             task = await current_task(tx, check_active(await tx.site(site.id)))
         left_s = ends - clock()
@@ -54,8 +53,12 @@ async def _between_rounds(tx: Transaction, federation: FederationRow, site: Site
             "its vocabulary (PUT /v1/me/vocabulary)" if site.vocabulary is None else "its model (PUT /v1/me/model)"
         )
         return _wait(tx.now, None, f"the coordinator waits for this site to send {lacking}")
+    if federation.paused_at is not None:
+        since = federation.paused_at.isoformat(timespec="seconds")
+        return _wait(tx.now, None, f"rounds are paused since {since}, until the operator resumes them")
     if federation.rounds_requested <= begun:
-        return _wait(tx.now, None, f"no round is due: {begun} of {federation.rounds_requested} have begun")
+        due = f"no round is due: {begun} of {federation.rounds_requested} have begun"
+        return _until_scheduled(tx.now, federation, begun) or _wait(tx.now, None, due)
     waits_for = (await readiness(tx, federation)).waits_for
     return _wait(tx.now, None, f"round {begun + 1} waits for {'; '.join(waits_for) or 'its turn'}")
 
@@ -74,17 +77,17 @@ async def _while_collecting(
         )
     if part is None or not part.expected:
         return _wait(tx.now, row.deadline, f"round {row.number} began without this site; it can learn from it later")
-    missing = [each.site for each in await tx.parts([row.id]) if each.expected and each.uploaded_at is None]
+    missing = await tx.awaited_uploads(row.id, MAX_NAMED + 1)
     return _wait(tx.now, row.deadline, f"round {row.number} is collecting and waits for {named(missing)}")
 
 
 async def _while_applying(
     tx: Transaction, federation: FederationRow, row: RoundRow, site: SiteRow, part: RoundSiteRow | None
 ) -> Task:
-    maps = (await readiness(tx, federation)).maps.get(site.name)
     if part is not None and part.applied_at is not None:
-        missing = named(await awaited_appliers(tx, federation, row))
+        missing = named(await tx.awaited_reports(row, MAX_NAMED + 1))
         return _wait(tx.now, row.deadline, f"round {row.number} is applying and waits for {missing}")
+    maps = await maps_of(tx, federation, site)
     if not may_apply(row, site, part) or maps is None or maps.pending or maps.failed:
         return _wait(tx.now, row.deadline, f"round {row.number} is applying; this site joins the next one")
     assert row.knowledge is not None, "applying begins with the LLM's knowledge"
@@ -101,6 +104,14 @@ async def _while_applying(
         averaged_adapter=row.averaged_adapter,
         deadline=row.deadline,
     )
+
+
+def _until_scheduled(now: datetime, federation: FederationRow, begun: int) -> Wait | None:
+    """`until` is the scheduled time: a site that cannot hold a long poll may sleep that long."""
+    at = federation.next_round_at
+    if at is None or at <= now:
+        return None
+    return Wait(until=at, reason=f"round {begun + 1} is scheduled for {at.isoformat(timespec='seconds')}")
 
 
 def _wait(now: datetime, deadline: datetime | None, reason: str) -> Wait:

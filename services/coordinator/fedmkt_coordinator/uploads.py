@@ -5,13 +5,19 @@ import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from starlette.requests import Request
+
+from fedmkt import fault_points
 from fedmkt.errors import Refusal
 from fedmkt.protocol import CHUNK_BYTES, Manifest, UploadState
 from fedmkt.signing import verify_manifest
+from fedmkt_coordinator.arrivals import Span, read_span
 from fedmkt_coordinator.artifacts import ArtifactStore
+from fedmkt_coordinator.enrolment import check_active
 from fedmkt_coordinator.keys import CoordinatorKey
 from fedmkt_coordinator.public_sets import PublicSets
 from fedmkt_coordinator.readiness import named
+from fedmkt_coordinator.schedule import next_opening
 from fedmkt_coordinator.store import Store, Transaction
 from fedmkt_coordinator.store.records import RoundRow, SiteRow, UploadRow
 from fedmkt_coordinator.store.rounds import RoundUnknown
@@ -91,11 +97,12 @@ async def announce(desk: Desk, site: SiteRow, manifest: Manifest) -> UploadState
         raise UploadTooLarge(f"{manifest.size_bytes} bytes are announced, at most {desk.max_bytes} are accepted")
     async with desk.store.write() as tx:
         federation = await tx.federation(site.federation_id, lock=True)
+        check_active(await tx.site(site.id))
         row = await _round_of(tx, site, manifest.round_id)
         known = await tx.live_upload(row.id, site.name, manifest.kind)
         if known is not None:
             _check_same(known, manifest, row)
-            return await state_of(tx, known)
+            return await _with_parts(desk, await state_of(tx, known))
         await _check_open(tx, row, site)
         if manifest.kind == "adapter" and not federation.config.average_adapters:
             raise KindNotWanted("average_adapters is off in this federation: adapters stay at their sites")
@@ -104,26 +111,79 @@ async def announce(desk: Desk, site: SiteRow, manifest: Manifest) -> UploadState
         return await state_of(tx, upload)
 
 
-async def put_chunk(desk: Desk, site: SiteRow, upload_id: str, number: int, data: bytes) -> UploadState:
-    """Keep one chunk; in any order, any number of times."""
+async def put_chunk(
+    desk: Desk, site: SiteRow, upload_id: str, number: int, content_range: str | None, request: Request
+) -> UploadState:
+    """Keep one chunk, or some bytes of it; in any order, any number of times."""
     async with desk.store.read() as tx:
         upload = await own_upload(tx, site, upload_id)
-        _check_chunk(upload.manifest, number, data)
+        if not 0 <= number < len(upload.manifest.chunks):
+            raise NoSuchChunk(f"chunk {number} of {len(upload.manifest.chunks)}; they are counted from 0")
         if upload.state == "accepted":
             return await state_of(tx, upload)
         await still_open(tx, upload)
+    span = read_span(content_range, chunk_size(upload.manifest, number))
+    if span.start == span.stop:
+        return await state(desk, site, upload_id)
+    arrived = await desk.artifacts.arrivals.receive(chunk_key(upload_id, number), span, request)
+    chunk = await _whole_chunk(desk, upload, number, span, arrived)
+    if chunk is None:
+        return await state(desk, site, upload_id)
+    return await _keep_chunk(desk, site, upload, number, chunk)
+
+
+async def _whole_chunk(desk: Desk, upload: UploadRow, number: int, span: Span, arrived: bytes) -> bytes | None:
+    """The chunk with the bytes that came before; None while some are missing. Raises ChunkDiffers, and forgets them."""
+    arrivals, key = desk.artifacts.arrivals, chunk_key(upload.id, number)
+    if span.whole:
+        await asyncio.to_thread(_check_chunk, upload.manifest, number, arrived)
+        return arrived
+    await arrivals.keep(key, span, arrived)
+    if await arrivals.there(key) < span.total:
+        return None
+    chunk = b"".join([piece async for piece in arrivals.stream(key, span.total)])
+    await arrivals.drop(key)
+    await asyncio.to_thread(_check_chunk, upload.manifest, number, chunk)
+    return chunk
+
+
+async def _keep_chunk(desk: Desk, site: SiteRow, upload: UploadRow, number: int, data: bytes) -> UploadState:
+    """First the bytes, then the row that says they are there; bytes that nobody wants any more go again."""
+    upload_id = upload.id
     await desk.artifacts.put_chunk(upload_id, number, data)
-    async with desk.store.write() as tx:
-        upload = await own_upload(tx, site, upload_id)
-        if upload.state != "accepted":  # by another request with the same bytes
-            await still_open(tx, upload)
-            await tx.add_chunk(upload_id, number)
-        return await state_of(tx, upload)
+    fault_points.reach("upload.chunk.uncommitted")
+    try:
+        async with desk.store.write(unsynced=True) as tx:  # a chunk that a power cut takes is sent again
+            if not await tx.takes_chunks(upload_id, site.id):
+                upload = await own_upload(tx, site, upload_id)
+                if upload.state != "accepted":  # by another request with the same bytes
+                    await still_open(tx, upload)
+            if upload.state != "accepted":
+                await tx.add_chunk(upload_id, number)
+            now = await state_of(tx, upload)
+    except Refusal:
+        await drop_chunks(desk, upload_id)
+        raise
+    if now.complete:
+        await drop_chunks(desk, upload_id)
+    fault_points.reach("upload.chunk.committed")
+    return now
 
 
 async def state(desk: Desk, site: SiteRow, upload_id: str) -> UploadState:
+    """What is still missing, and what of it has arrived in part."""
     async with desk.store.read() as tx:
-        return await state_of(tx, await own_upload(tx, site, upload_id))
+        now = await state_of(tx, await own_upload(tx, site, upload_id))
+    return await _with_parts(desk, now)
+
+
+async def _with_parts(desk: Desk, now: UploadState) -> UploadState:
+    if now.complete:
+        return now
+    await desk.artifacts.arrivals.settle(f"chunks/{now.upload_id}")
+    parts = await desk.artifacts.arrivals.all_there(f"chunks/{now.upload_id}")
+    arrived = {name: count for name, count in parts.items() if int(name) in now.missing and count}
+    return now.model_copy(update={"arrived": arrived})
 
 
 async def abandon(desk: Desk, site: SiteRow, upload_id: str) -> None:
@@ -154,7 +214,8 @@ async def clear_leftovers(desk: Desk, limit: int = 100) -> int:
 
 async def drop_chunks(desk: Desk, upload_id: str) -> None:
     await desk.artifacts.drop_chunks(upload_id)
-    async with desk.store.write() as tx:
+    await desk.artifacts.arrivals.drop(f"chunks/{upload_id}")
+    async with desk.store.write(unsynced=True) as tx:
         await tx.forget_chunks(upload_id)
 
 
@@ -162,7 +223,8 @@ async def drop_chunks(desk: Desk, upload_id: str) -> None:
 
 
 async def own_upload(tx: Transaction, site: SiteRow, upload_id: str) -> UploadRow:
-    """A site sees its own uploads; another's does not exist for it."""
+    """A site sees its own uploads; another's does not exist for it. One that was revoked meanwhile sees none."""
+    check_active(await tx.site(site.id))
     upload = await tx.upload(upload_id)
     if (upload.federation_id, upload.site) != (site.federation_id, site.name):
         raise UploadUnknown(f"there is no upload {upload_id}; announce it with POST /v1/uploads")
@@ -209,14 +271,7 @@ async def _check_collecting(tx: Transaction, row: RoundRow) -> None:
     if row.state == "collecting":
         return
     federation = await tx.federation(row.federation_id)
-    begun = await tx.rounds_begun(row.federation_id)
-    if begun > row.number:
-        following = f"round {begun} has begun since"
-    elif federation.rounds_requested > begun:
-        latest = f", at the latest at {row.deadline.isoformat()} unless it moves on" if row.deadline else ""
-        following = f"round {row.number + 1} opens when this one has ended{latest}"
-    else:
-        following = "no further round is asked for yet"
+    following = next_opening(federation, await tx.rounds_begun(row.federation_id), row)
     raise RoundClosed(
         f"round {row.number} is {row.state} since {row.state_since.isoformat()}, uploads are taken while it is "
         f"collecting; {following}"
@@ -237,9 +292,15 @@ def _check_same(known: UploadRow, manifest: Manifest, row: RoundRow) -> None:
     )
 
 
+def chunk_key(upload_id: str, number: int) -> str:
+    return f"chunks/{upload_id}/{number}"
+
+
+def chunk_size(manifest: Manifest, number: int) -> int:
+    return min(CHUNK_BYTES, manifest.size_bytes - number * CHUNK_BYTES)
+
+
 def _check_chunk(manifest: Manifest, number: int, data: bytes) -> None:
-    if not 0 <= number < len(manifest.chunks):
-        raise NoSuchChunk(f"chunk {number} of {len(manifest.chunks)}; they are counted from 0")
     found = hashlib.sha256(data).hexdigest()
     if found != manifest.chunks[number]:
         raise ChunkDiffers(

@@ -10,10 +10,12 @@ from fedmkt.protocol import (
     JobView,
     LlmProgress,
     RoundView,
+    ScheduleView,
     SiteProgress,
     SiteRoundState,
     SiteSelf,
     SiteView,
+    WebhookView,
 )
 from fedmkt_coordinator.readiness import readiness
 from fedmkt_coordinator.rounds import awaited_appliers
@@ -26,6 +28,7 @@ from fedmkt_coordinator.store.records import (
     RoundRow,
     RoundSiteRow,
     SiteRow,
+    WebhookRow,
 )
 
 
@@ -33,7 +36,7 @@ async def federation_view(tx: Transaction, federation: FederationRow) -> Federat
     sites = await tx.sites(federation.id)
     active = await tx.active_round(federation.id)
     begun = await tx.rounds_begun(federation.id)
-    due = active is None and federation.rounds_requested > begun
+    due = active is None and federation.paused_at is None and federation.rounds_requested > begun
     return FederationView(
         federation_id=federation.id,
         config=federation.config,
@@ -46,7 +49,23 @@ async def federation_view(tx: Transaction, federation: FederationRow) -> Federat
         rounds_requested=federation.rounds_requested,
         rounds_finished=begun - (active is not None),
         current_round=(await round_views(tx, federation, [active]))[0] if active else None,
-        waits_for=(await readiness(tx, federation)).waits_for if due else (),
+        waits_for=(await readiness(tx, federation)).waits_for if due else _paused(federation, active),
+        schedule=_schedule(federation),
+        paused_at=federation.paused_at,
+    )
+
+
+def _paused(federation: FederationRow, active: RoundRow | None) -> tuple[str, ...]:
+    if federation.paused_at is None or active is not None:
+        return ()
+    return (f"the operator to resume: rounds are paused since {federation.paused_at.isoformat(timespec='seconds')}",)
+
+
+def _schedule(federation: FederationRow) -> ScheduleView | None:
+    if federation.every_s is None or federation.next_round_at is None:
+        return None
+    return ScheduleView(
+        every_s=federation.every_s, next_round_at=federation.next_round_at, rounds_left=federation.rounds_left
     )
 
 
@@ -158,6 +177,23 @@ def event_view(row: EventRow) -> Event:
         round_id=row.round_id,
         site=row.site,
         data=row.data,
+    )
+
+
+def webhook_view(row: WebhookRow) -> WebhookView:
+    return WebhookView(
+        webhook_id=row.id,
+        federation_id=row.federation_id,
+        url=row.url,
+        kinds=row.kinds,
+        state=row.state,
+        reason=row.reason,
+        created_at=row.created_at,
+        delivered=row.delivered,
+        delivered_at=row.delivered_at,
+        failures=row.failures,
+        failing_since=row.failing_since,
+        next_attempt_at=row.due_at if row.failures and row.state == "active" else None,
     )
 
 

@@ -58,7 +58,11 @@ class _Outcome:
 
 
 def distil(job: DistillJob, desk: Desk, report: Report) -> DistillResult:
-    """Learn, evaluate, keep or roll back, publish the LLM's own knowledge. Safe to repeat until it has succeeded."""
+    """Learn, evaluate, keep or roll back, publish the LLM's own knowledge. Repeated, it goes on or says the same."""
+    ended = desk.state.ended_job(job, desk.llm.card.model_id)
+    if ended is not None:
+        log.info("distil.result_found", extra={"round_id": job.round_id})
+        return ended
     clock = Clock()
     with clock.measure("fetch"):
         plan = _plan(job, desk, report)
@@ -73,8 +77,9 @@ def distil(job: DistillJob, desk: Desk, report: Report) -> DistillResult:
             outcome = _Outcome(SelectionReport(), {}, None)
         with clock.measure("publish"):
             result = _publish(job, plan, party, own, outcome, desk, report)
-    desk.state.end_job(job.round_id, _only_here(job))
-    return result.model_copy(update={"phase_seconds": clock.rounded})
+    result = result.model_copy(update={"phase_seconds": clock.rounded})
+    desk.state.end_job(job, desk.llm.card.model_id, result, _only_here(job))
+    return result
 
 
 def _only_here(job: DistillJob) -> list[str]:

@@ -3,11 +3,13 @@
 The job's own thread calls `report` between steps; that is where it learns that it shall stop.
 """
 
+import contextvars
 import logging
 import threading
 from types import TracebackType
 from typing import Self
 
+from fedmkt import fault_points
 from fedmkt.client import CoordinatorClient, CoordinatorProblem, CoordinatorUnreachable
 from fedmkt.protocol import Heartbeat, JobView, LlmProgress
 from fedmkt.stopping import StopFlag
@@ -35,7 +37,10 @@ class Lease:
         self._handing_in = False
         self._beat_now = threading.Event()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{job.job_id}", daemon=True)
+        context = contextvars.copy_context()  # of the job: heartbeats are log lines and requests of its trace
+        self._thread = threading.Thread(
+            target=context.run, args=(self._beat,), name=f"heartbeat-{job.job_id}", daemon=True
+        )
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -59,6 +64,7 @@ class Lease:
         self._progress = LlmProgress(step=step, done=done, total=total)
         if new_step:
             self._beat_now.set()
+        fault_points.reach(f"worker.{step}")
 
     def handing_in(self) -> None:
         """The result is on its way: that the job is no longer running is now the good answer to a heartbeat."""

@@ -1,8 +1,6 @@
 """Builds everything the LLM server needs, once, and runs it. Exit status: 0 stopped, 1 cannot go on."""
 
 import logging
-import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,9 +12,11 @@ from fedmkt.ml.process import prepare_process
 from fedmkt.protocol import DistillJob, DistillResult, JobView, MapJob, MapResult, QueueView
 from fedmkt.service import locked, run_service, status_pages
 from fedmkt.stopping import StopFlag
+from fedmkt.work_metrics import WorkMetrics
 from fedmkt_llm_server.distil import Desk, distil
 from fedmkt_llm_server.llm import Llm
 from fedmkt_llm_server.maps import build_map
+from fedmkt_llm_server.queue import lasting_name
 from fedmkt_llm_server.registration import Registrar
 from fedmkt_llm_server.settings import Settings
 from fedmkt_llm_server.state import LlmState
@@ -33,7 +33,11 @@ HEARTBEAT_TIMEOUT_S = 5.0
 def run(settings: Settings) -> int:
     """The program until a signal; its exit status."""
     return run_service(
-        "llm-server", lambda stop: serve(settings, stop), log_level=settings.log_level, log_style=settings.log_style
+        "llm-server",
+        lambda stop: serve(settings, stop),
+        log_level=settings.log_level,
+        log_style=settings.log_style,
+        otel=settings.otel,
     )
 
 
@@ -43,8 +47,11 @@ def serve(settings: Settings, stop: StopFlag) -> None:
     with ExitStack() as stack:
         stack.enter_context(locked(settings.state_dir))
         file = settings.state_dir / "status.json"
-        stack.enter_context(status_pages(build_app(pages.view), settings.status_host, settings.status_port, file))
+        stack.enter_context(
+            status_pages(build_app(pages.view, pages.metrics), settings.status_host, settings.status_port, file)
+        )
         client, heartbeats = _clients(stack, settings, stop)
+        pages.metrics.traffic = lambda: client.traffic
         prepare_process(settings.torch_threads)
         state = LlmState(settings.state_dir)
         llm = Llm(lambda: _load(settings), state, gradient_checkpointing=settings.gradient_checkpointing)
@@ -64,8 +71,8 @@ def serve(settings: Settings, stop: StopFlag) -> None:
             client,
             heartbeats,
             lambda: _queue(client, settings),
-            lambda job, report: _do(job, desk, report),
-            name=settings.worker_name or f"{socket.gethostname()}-{os.getpid()}",
+            lambda job, report: _measured(job, desk, report, pages.metrics),
+            name=settings.worker_name or lasting_name(settings.state_dir),
             stop=stop,
             on_job=status.on_job,
         ).run()
@@ -89,6 +96,9 @@ class _Pages:
     """What the status pages read: nothing until the model is loaded."""
 
     status: Status | None = None
+
+    def __init__(self) -> None:
+        self.metrics = WorkMetrics("llm-server")
 
     def view(self) -> StatusView | None:
         return None if self.status is None else self.status.view
@@ -125,6 +135,18 @@ def _queue(client: CoordinatorClient, settings: Settings) -> QueueView:
     if settings.redis_url is None:
         return view
     return view.model_copy(update={"redis_url": settings.redis_url.get_secret_value()})
+
+
+def _measured(job: JobView, desk: Desk, report: Report, metrics: WorkMetrics) -> DistillResult | MapResult:
+    def counted(step: str, done: int, total: int) -> None:
+        metrics.progress(step, done)
+        report(step, done, total)
+
+    with metrics.work(job.payload.kind):
+        result = _do(job, desk, counted)
+    if isinstance(result, DistillResult):
+        metrics.trained(result.training)
+    return result
 
 
 def _do(job: JobView, desk: Desk, report: Report) -> DistillResult | MapResult:

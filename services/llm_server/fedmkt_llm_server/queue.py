@@ -6,9 +6,12 @@ anything to do, so entries may be lost, repeated or outlive their job.
 """
 
 import logging
+import secrets
+import socket
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import redis
@@ -20,10 +23,25 @@ log = logging.getLogger(__name__)
 
 JOB_ID = "job_id"
 ORPHANED_AFTER_S = 30.0  # an entry that another worker took and never acknowledged for this long is taken over
+OWN_AT_ONCE = 100
 ORPHANS_AT_ONCE = 16  # Redis 6.2 keeps naming trimmed entries, so one alone might never be a real one
 SOCKET_TIMEOUT_S = 15.0
 
 Entries = list[tuple[str | None, dict[str, str] | None]]
+
+
+def lasting_name(state_dir: Path) -> str:
+    """A consumer's name that its next process has too, so that what it took and left is found again.
+
+    The folder belongs to one process at a time (`fedmkt.service.locked`), and so does the name.
+    """
+    path = state_dir / "worker-name"
+    if not path.exists():
+        state_dir.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".new")
+        draft.write_text(f"{socket.gethostname()}-{secrets.token_hex(4)}")
+        draft.replace(path)
+    return path.read_text()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +66,20 @@ class JobQueue:
         self._stream = view.stream
         self._group = view.group
         self._consumer = consumer
-        self._taken_over: deque[Delivery] = deque()
+        self._left: deque[Delivery] = deque()  # taken before, by this worker or a dead one, and not acknowledged
+        self._own_asked = False
 
     def close(self) -> None:
         self._redis.close()
 
     def take(self, block_s: float) -> Delivery | None:
-        """The next entry: first one that a dead worker left behind, else a new one; None after `block_s` without."""
+        """The next entry: one that this worker or a dead one took and left, else a new one; None after `block_s`."""
         try:
-            if not self._taken_over:
+            if not self._own_asked:
+                self._take_up()
+            if not self._left:
                 self._take_over()
-            return self._taken_over.popleft() if self._taken_over else self._new(block_s)
+            return self._left.popleft() if self._left else self._new(block_s)
         except ResponseError as error:
             if not str(error).startswith("NOGROUP"):
                 raise
@@ -68,10 +89,17 @@ class JobQueue:
     def acknowledge(self, delivery: Delivery) -> None:
         self._redis.xack(self._stream, self._group, delivery.entry_id)
 
+    def _take_up(self) -> None:
+        """What this worker's last connection, or last process, took and did not acknowledge."""
+        answer = self._redis.xreadgroup(self._group, self._consumer, {self._stream: "0"}, count=OWN_AT_ONCE)
+        self._own_asked = True
+        streams = cast(list[tuple[str, Entries]], answer)
+        self._left.extend(self._deliveries(streams[0][1]) if streams else ())
+
     def _take_over(self) -> None:
         idle_ms = int(ORPHANED_AFTER_S * 1000)
         answer = self._redis.xautoclaim(self._stream, self._group, self._consumer, idle_ms, count=ORPHANS_AT_ONCE)
-        self._taken_over.extend(self._deliveries(cast(Entries, answer[1])))
+        self._left.extend(self._deliveries(cast(Entries, answer[1])))
 
     def _new(self, block_s: float) -> Delivery | None:
         answer = self._redis.xreadgroup(

@@ -14,7 +14,7 @@ class Settings(BaseSettings):
     worker_token: SecretStr | None = Field(default=None, description="the worker credential; or worker_token_file")
     worker_token_file: Path | None = Field(default=None, description="a file that holds it, read at the start")
     redis_url: SecretStr | None = Field(default=None, description="the queue; asked from the coordinator if unset")
-    worker_name: str | None = Field(default=None, description="in the queue; host name and process id if unset")
+    worker_name: str | None = Field(default=None, description="in the queue; made once for the state folder if unset")
 
     model: str = Field(description="folder or hub id of the LLM; safetensors, never remote code")
     model_revision: str | None = Field(default=None, description="pinned commit, for a hub id")
@@ -28,6 +28,7 @@ class Settings(BaseSettings):
     status_host: str = "127.0.0.1"
     status_port: int | None = Field(default=None, ge=0, le=65535, description="status pages; 0 chooses, none if unset")
     registration_interval_s: float = Field(default=3.0, gt=0, description="how often new federations are looked for")
+    otel: bool = Field(default=False, description="OpenTelemetry spans; OTEL_ variables say where to")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_style: Literal["json", "text"] = "json"
 

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 
 from fedmkt import __version__
 from fedmkt.protocol import LlmProgress, ModelCard
+from fedmkt.work_metrics import WorkMetrics
 from fedmkt_llm_server.lease import Lease
 
 
@@ -57,8 +58,8 @@ class Status:
         return StatusView(model=self._model, started_at=self._started_at, jobs_ended=self._jobs_ended, job=job)
 
 
-def build_app(read_status: Callable[[], StatusView | None]) -> FastAPI:
-    """GET /healthz, /readyz (503 until the model is loaded), /status."""
+def build_app(read_status: Callable[[], StatusView | None], metrics: WorkMetrics) -> FastAPI:
+    """GET /healthz, /readyz (503 until the model is loaded), /status, /metrics."""
     app = FastAPI(title="FedMKT LLM server", version=__version__, docs_url=None, redoc_url=None)
 
     @app.get("/healthz")
@@ -72,6 +73,11 @@ def build_app(read_status: Callable[[], StatusView | None]) -> FastAPI:
             response.status_code = 503
             return {"status": "loading the model"}
         return {"status": "ok", "model": view.model.model_id, "device": view.model.device}
+
+    @app.get("/metrics", response_class=Response)
+    async def scrape(request: Request) -> Response:
+        page, media_type = metrics.page(request.headers.get("accept", ""))
+        return Response(page, headers={"Content-Type": media_type})
 
     @app.get("/status")
     async def show() -> StatusView | None:

@@ -1,20 +1,25 @@
 """Takes job ids from the queue, claims them over HTTP, runs them, hands the result in.
 
 The coordinator's database owns every job. The queue only says where to look, so an entry is acknowledged as soon as
-the claim is answered: from then on the lease, not Redis, decides who works on it.
+the claim is answered: from then on the lease, not Redis, decides who works on it. A worker that was killed before that
+finds the entry again under its own name, and claims with the same key: the attempt is the same one, not the next.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable
 
 import redis
 
+from fedmkt import fault_points
 from fedmkt.client import CoordinatorClient, CoordinatorProblem
 from fedmkt.errors import Refusal
+from fedmkt.logs import binding
 from fedmkt.protocol import DistillResult, JobCompletion, JobFailure, JobView, MapResult, QueueView
 from fedmkt.session import RETRIED, CoordinatorUnreachable
 from fedmkt.stopping import StopFlag, Stopped
+from fedmkt.tracing import traced
 from fedmkt_llm_server.lease import JobAbandoned, Lease
 from fedmkt_llm_server.queue import Delivery, JobQueue
 
@@ -24,6 +29,7 @@ BLOCK_S = 2.0  # longest wait for a new entry, so that a stop is noticed
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 15.0
 MAX_REASON = 2000
+NOTHING_TO_DO = frozenset({"job.not_free", "job.unknown"})  # answers to a claim after which the entry is of no use
 
 Report = Callable[[str, int, int], None]
 Run = Callable[[JobView, Report], DistillResult | MapResult]
@@ -83,19 +89,37 @@ class Worker:
             queue.close()
 
     def _handle(self, queue: JobQueue, delivery: Delivery) -> None:
+        fault_points.reach("worker.taken")
         try:
-            job = self._client.claim(delivery.job_id)
+            job = self._client.claim(delivery.job_id, self._claim_key(delivery))
         except CoordinatorProblem as problem:
-            if problem.problem.status in RETRIED:
+            if problem.code not in NOTHING_TO_DO:
                 raise
             log.info("job.not_claimed", extra={"job_id": delivery.job_id, "code": problem.code})
             queue.acknowledge(delivery)
             return
-        queue.acknowledge(delivery)
+        fault_points.reach("worker.claimed")
+        try:
+            queue.acknowledge(delivery)
+        except redis.RedisError as error:  # the job is ours all the same; the entry comes again and is dropped then
+            log.warning("queue.not_acknowledged", extra={"job_id": job.job_id, "reason": str(error)})
         self.work(job)
+
+    def _claim_key(self, delivery: Delivery) -> str:
+        """One a delivery: a claim whose answer was lost is answered again, also to this worker's next process."""
+        return hashlib.sha256(f"{self._name} {delivery.entry_id} {delivery.job_id}".encode()).hexdigest()
 
     def work(self, job: JobView) -> None:
         """Do a claimed job and hand in its result, or its failure. Raises Stopped when asked to end meanwhile."""
+        payload = job.payload
+        about = {"federation_id": payload.federation_id, "round_id": getattr(payload, "round_id", None)}
+        with (
+            traced(f"job {payload.kind}", parent=payload.traceparent, kind="consumer"),
+            binding(job_id=job.job_id, attempt=job.attempt, **about),
+        ):
+            self._work(job)
+
+    def _work(self, job: JobView) -> None:
         fields = {"job_id": job.job_id, "attempt": job.attempt, "kind": job.payload.kind}
         log.info("job.claimed", extra=fields)
         began = time.monotonic()
@@ -103,9 +127,11 @@ class Worker:
             with Lease(self._heartbeats, job, self._stop) as lease:
                 self._on_job(lease)
                 result = self._run_job(job, lease.report)
+                fault_points.reach("worker.finished")
                 lease.handing_in()
                 # Inside the lease: heartbeats go on while a coordinator that is just restarting cannot take it.
                 self._client.complete_job(job.job_id, JobCompletion(attempt=job.attempt, result=result))
+                fault_points.reach("worker.completed")
         except JobAbandoned as event:
             log.info("job.abandoned", extra={**fields, "reason": str(event)})
         except Stopped:

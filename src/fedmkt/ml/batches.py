@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedmkt.vocabulary import Vocabulary
 
 Ints = NDArray[np.int32]
 TEXTS_PER_CALL = 1024  # to the tokenizer: bounds memory, large enough to use every core
+REMEMBERED_SETS, REMEMBERED_SAMPLES = 6, 4096  # 25 MB a set at 512 tokens a sample
 
 
 class SampleTooLong(Refusal):
@@ -55,8 +57,19 @@ class Batch:
 
 
 def tokenize(vocabulary: Vocabulary, samples: Iterable[PublicSample], max_tokens: int) -> list[TokenSample]:
-    """The rows are those of `fedmkt.tokenized_set.tokenize_set`, with the tokens around them."""
-    everything = list(samples)
+    """The rows are those of `fedmkt.tokenized_set.tokenize_set`, with the tokens around them.
+
+    The sets that were asked for last are remembered, if they are small: a round asks for the same ones several times.
+    """
+    everything = tuple(samples)
+    make = _tokenized if len(everything) <= REMEMBERED_SAMPLES else _tokenized.__wrapped__
+    return list(make(vocabulary, everything, max_tokens))
+
+
+@lru_cache(maxsize=REMEMBERED_SETS)
+def _tokenized(
+    vocabulary: Vocabulary, everything: tuple[PublicSample, ...], max_tokens: int
+) -> tuple[TokenSample, ...]:
     found: list[TokenSample] = []
     for start in range(0, len(everything), TEXTS_PER_CALL):
         part = everything[start : start + TEXTS_PER_CALL]
@@ -66,7 +79,7 @@ def tokenize(vocabulary: Vocabulary, samples: Iterable[PublicSample], max_tokens
         for sample, encoding in zip(part, encodings, strict=True):
             rows = response_rows(encoding, sample.response_start)
             found.append(TokenSample(sample.id, encoding.ids, encoding.ends, rows))
-    return found
+    return tuple(found)
 
 
 def check_positions(samples: Iterable[TokenSample], positions: int | None) -> None:

@@ -7,10 +7,11 @@ from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedmkt.errors import Refusal
 from fedmkt.ml.batches import tokenize
-from fedmkt.ml.inference import BATCH_TOKENS, Progress, run_batches
+from fedmkt.ml.inference import BATCH_TOKENS, Columns, Progress, run_batches
 from fedmkt.ml.party import Party
 from fedmkt.protocol import Evaluation
 from fedmkt.public_set import PublicSample
@@ -66,10 +67,11 @@ def evaluate(
     return {name: _evaluation(*sums[name]) for name in sorted(sums)}
 
 
-def _score(logits: Tensor, gold: Tensor) -> tuple[Tensor, ...]:
-    """logits (n, V) -> nats of the gold token (n,), whether it is the first choice (n,)."""
-    nats = logits.logsumexp(dim=-1) - logits.gather(1, gold[:, None])[:, 0]
-    return nats, logits.argmax(dim=-1) == gold
+def _score(logits: Tensor, gold: Tensor) -> Columns:
+    """logits (n, V) -> nats of the gold token float32 (n,), whether it is the first choice bool (n,)."""
+    nats = F.cross_entropy(logits, gold, reduction="none")
+    hits = logits.argmax(dim=-1) == gold
+    return nats.cpu().numpy(), hits.cpu().numpy()
 
 
 def _evaluation(nats: float, hits: float, rows: float, response_bytes: float, samples: float) -> Evaluation:

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fedmkt.ml.batches import Batch
-from fedmkt.ml.losses import CHUNK_LOGITS
+from fedmkt.ml.losses import CHUNK_LOGITS, DEVICE_BLOCK, cached_rows, multiplied, row_blocks
 from fedmkt.ml.models import output_head
 
-HEAD_PIECE = 1 << 24  # weights of a half-precision head that are widened at a time: 64 MiB in float32
+FEWEST_ROWS = 128  # in one product with the head on a CPU, where the logits allow it: fewer, and reading it costs more
 
 
 @dataclass(frozen=True)
@@ -107,34 +107,43 @@ def logit_blocks(
     plain: PlainHead | None,
     batch: Batch,
     vocabulary_size: int,
-    block_logits: int = CHUNK_LOGITS,
+    most_rows: int | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, float32 logits (n, vocabulary_size)) of a batch's response rows, at most `block_logits` at a time.
+    """(rows, float32 logits (n, vocabulary_size)) of a batch's response rows; a block is good until the next is asked.
 
-    A plain head is multiplied in float32 whatever the model's dtype: bfloat16 logits are wrong by up to 0.06 nats. A
-    model that does more around its head is asked for all rows at once, in its own dtype.
+    Blocks are small enough for several passes over them in cache, and of at most `most_rows`. A plain head is
+    multiplied in float32 whatever the model's dtype: bfloat16 logits are wrong by up to 0.06 nats. A model that does
+    more around its head is asked for all rows at once, in its own dtype. Inside `no_grad` or inference mode only.
     """
-    rows = len(batch.places)
-    step = max(1, block_logits // vocabulary_size)
+    rows, device = len(batch.places), batch.places.device
+    block_rows = min(most_rows or rows, cached_rows(vocabulary_size, device))
     if plain is None:
         logits = row_logits(model, head, batch)[:, :vocabulary_size]
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows)), logits[start : start + step].float()
+        for block in row_blocks(rows, block_rows):
+            yield block, logits[block].float()
         return
-    hidden = row_hidden(model, head, batch)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows)), _wide(hidden[start : start + step], plain.cut(vocabulary_size))
+    hidden, cut = row_hidden(model, head, batch), plain.cut(vocabulary_size)
+    chunk_rows = _chunk_rows(vocabulary_size, device)
+    # filled again and again: fresh memory costs more than what is written into it
+    work = torch.empty(min(rows, chunk_rows), vocabulary_size, device=device)
+    for chunk in row_blocks(rows, chunk_rows):
+        logits = _wide_logits(hidden[chunk], cut, work[: chunk.stop - chunk.start])
+        for block in row_blocks(len(logits), block_rows):
+            yield slice(chunk.start + block.start, chunk.start + block.stop), logits[block]
 
 
-def _wide(hidden: Tensor, head: PlainHead) -> Tensor:
-    """hidden @ weight.T + bias in float32; a half-precision weight is widened piece by piece."""
-    hidden = hidden.float()
-    bias = None if head.bias is None else head.bias.float()
-    if head.weight.dtype == torch.float32:
-        return F.linear(hidden, head.weight, bias)
-    size, width = head.weight.shape
-    step = max(1, HEAD_PIECE // width)
-    logits = hidden.new_empty(len(hidden), size)
-    for start in range(0, size, step):
-        logits[:, start : start + step] = hidden @ head.weight[start : start + step].float().T
-    return logits if bias is None else logits + bias
+def _chunk_rows(vocabulary_size: int, device: torch.device) -> int:
+    """Rows that are multiplied with the head at once: enough of them, within a bound on memory."""
+    most = CHUNK_LOGITS if device.type == "cpu" else DEVICE_BLOCK
+    wanted = max(FEWEST_ROWS, cached_rows(vocabulary_size, device))
+    return max(1, min(wanted, most // vocabulary_size))
+
+
+def _wide_logits(hidden: Tensor, head: PlainHead, work: Tensor) -> Tensor:
+    """hidden @ weight.T + bias (n, V) in float32, written into `work`."""
+    if hidden.is_cuda and hidden.dtype == head.weight.dtype != torch.float32:
+        # the same sums: products of half-precision numbers are exact in float32, only a result would be rounded
+        torch.mm(hidden, head.weight.T, out_dtype=torch.float32, out=work)
+    else:
+        multiplied(hidden.float(), head.weight, work)
+    return work if head.bias is None else work.add_(head.bias.float())

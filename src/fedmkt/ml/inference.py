@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmkt.ml.batches import Batch, TokenSample, by_length, collate
@@ -13,6 +15,7 @@ from fedmkt.ml.party import Party
 
 BATCH_TOKENS = 8192  # padded tokens in one forward pass
 Progress = Callable[[int, int], None]  # samples done, samples in all
+Columns = tuple[NDArray[Any], ...]
 
 
 @contextmanager
@@ -30,14 +33,14 @@ def _evaluating(party: Party) -> Iterator[None]:
 def run_batches(
     party: Party,
     samples: Sequence[TokenSample],
-    look: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    look: Callable[[Tensor, Tensor], Columns],
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
-) -> Iterator[tuple[list[int], list[Any]]]:
+) -> Iterator[tuple[list[int], Columns]]:
     """Calls `look(logits float32 (n, V), gold int64 (n,))` on blocks of response rows, samples longest first.
 
-    Yields, a batch at a time, which samples it holds (indices, in the order of its rows) and `look`'s columns over all
-    its rows as numpy arrays (R, ...). V is `vocabulary.size`.
+    Yields, a batch at a time, which samples it holds (indices, in the order of its rows) and `look`'s columns, block
+    after block. V is `vocabulary.size`. `look` keeps nothing of the logits, whose memory the next block takes.
     """
     _ = party.plain_head  # found out before any graph-free mode begins, because it is remembered
     done = 0
@@ -46,7 +49,7 @@ def run_batches(
             batch = collate([samples[index] for index in indices], party.device)
             blocks = [look(logits, batch.gold[rows]) for rows, logits in _blocks(party, batch)]
         if blocks:
-            yield indices, [torch.cat(column).cpu().numpy() for column in zip(*blocks, strict=True)]
+            yield indices, tuple(np.concatenate(column) for column in zip(*blocks, strict=True))
         done += len(indices)
         if progress is not None:
             progress(done, len(samples))

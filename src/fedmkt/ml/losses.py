@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 NO_TOKEN = -1  # padding in `ids` and `gold`
 SMALLEST_TAIL = 1e-12  # clamp of Q: a student this sure of the kept ids pays r * 27.6 nats at most
 CACHE_BLOCK = 1 << 18  # logits per block on a CPU: 1 MiB stays in cache between the passes over it
 DEVICE_BLOCK = 1 << 26  # elsewhere: 256 MiB, few kernel launches
 CHUNK_LOGITS = 1 << 24  # logits that the chunked form keeps at a time: 64 MiB
+HEAD_PIECE = 1 << 20  # weights of the head that are multiplied at a time on a CPU: 4 MiB stay in cache
+DEVICE_PIECE = 1 << 26  # elsewhere: 256 MiB, few kernel launches
 
 
 class _Targets(NamedTuple):
@@ -226,7 +227,7 @@ class _Losses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         scans = (
             _scan(logits[rows], gold[rows], ids[rows], temperature, probs.dtype)
-            for rows in _blocks(len(logits), _block_rows(logits))
+            for rows in row_blocks(len(logits), cached_rows(logits.shape[1], logits.device))
         )
         scan, targets = _joined(scans, probs), _Targets(gold, ids, probs, residual)
         ctx.save_for_backward(logits, *targets, *scan)
@@ -240,7 +241,7 @@ class _Losses(torch.autograd.Function):
         targets, scan = _Targets(*saved[:4]), _Scan(*saved[4:])
         row = _row_gradient(scan, targets, grad_nll, grad_kd, ctx.temperature)
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for rows in _blocks(len(logits), _block_rows(logits)):
+        for rows in row_blocks(len(logits), cached_rows(logits.shape[1], logits.device)):
             same = logits.dtype == targets.probs.dtype  # then the gradient's own memory is the work buffer
             work = grad[rows].copy_(logits[rows]) if same else logits[rows].to(targets.probs.dtype)
             _write_gradient(work, *_take(rows, scan, targets, row), ctx.temperature)
@@ -268,7 +269,7 @@ class _ChunkedLosses(torch.autograd.Function):
         scans = (
             _scan(logits[rows], gold[chunk][rows], ids[chunk][rows], temperature, probs.dtype)
             for chunk, logits in _chunks(hidden, weight, bias, chunk_rows)
-            for rows in _blocks(len(logits), _block_rows(logits))
+            for rows in row_blocks(len(logits), cached_rows(logits.shape[1], logits.device))
         )
         scan, targets = _joined(scans, probs), _Targets(gold, ids, probs, residual)
         ctx.save_for_backward(hidden, weight, bias, *targets, *scan)
@@ -287,35 +288,55 @@ class _ChunkedLosses(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[2] else None
         for chunk, logits in _chunks(hidden, weight, bias, ctx.chunk_rows):
             grad = logits.to(dtype)
-            for rows in _blocks(len(grad), _block_rows(grad)):
+            for rows in row_blocks(len(grad), cached_rows(grad.shape[1], grad.device)):
                 outer = slice(chunk.start + rows.start, chunk.start + rows.stop)
                 _write_gradient(grad[rows], *_take(outer, scan, targets, row), ctx.temperature)
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0)
             grad = grad.to(hidden.dtype)
             grad_hidden[chunk] = grad @ head
-            if grad_weight is not None:
+            if grad_weight is not None and grad_weight.dtype == grad.dtype:
+                grad_weight.addmm_(grad.T, hidden[chunk])
+            elif grad_weight is not None:
                 grad_weight += grad.T @ hidden[chunk]
         of_head = (None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
         return grad_hidden, *of_head, *(None,) * 6
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int) -> Iterable[tuple[slice, Tensor]]:
-    """(rows, logits (n, V)) through the head, one after the other, in the dtype of `hidden` even under autocast."""
+    """(rows, logits (n, V)) through the head, in the dtype of `hidden` even under autocast.
+
+    A chunk is good until the next is asked for, which takes its memory: two of them never exist.
+    """
     head, shift = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    for rows in _blocks(len(hidden), chunk_rows):
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(hidden[rows], head, shift)
-        yield rows, logits
+    work = hidden.new_empty(min(chunk_rows, len(hidden)), len(head))
+    for rows in row_blocks(len(hidden), chunk_rows):
+        logits = multiplied(hidden[rows], head, work[: rows.stop - rows.start])
+        yield rows, logits if shift is None else logits.add_(shift)
 
 
-def _blocks(rows: int, block_rows: int) -> list[slice]:
+def multiplied(hidden: Tensor, weight: Tensor, work: Tensor) -> Tensor:
+    """hidden @ weight.T (n, V) in the dtype of `hidden`, written into `work`.
+
+    A piece of the head at a time, which on a CPU stays in cache while it is used; so a head of another dtype is never
+    converted whole.
+    """
+    piece = HEAD_PIECE if weight.device.type == "cpu" else DEVICE_PIECE
+    with torch.autocast(weight.device.type, enabled=False):
+        for part in row_blocks(len(weight), max(1, piece // max(1, weight.shape[1]))):
+            torch.mm(hidden, weight[part].to(hidden.dtype).T, out=work[:, part])
+    return work
+
+
+def row_blocks(rows: int, block_rows: int) -> list[slice]:
+    """Cuts `rows` into runs of `block_rows`, the last one shorter."""
     return [slice(start, min(start + block_rows, rows)) for start in range(0, rows, block_rows)]
 
 
-def _block_rows(logits: Tensor) -> int:
-    block = CACHE_BLOCK if logits.device.type == "cpu" else DEVICE_BLOCK
-    return max(1, block // max(1, logits.shape[1]))
+def cached_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows of float32 logits over which several passes are best made at once."""
+    block = CACHE_BLOCK if device.type == "cpu" else DEVICE_BLOCK
+    return max(1, block // max(1, vocabulary))
 
 
 def _take(rows: slice, scan: _Scan, targets: _Targets, row: _RowGradient) -> tuple[_Scan, _Targets, _RowGradient]:

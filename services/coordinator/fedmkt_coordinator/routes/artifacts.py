@@ -1,6 +1,8 @@
 """Artifacts by their SHA-256: streamed both ways, with ranges and 304."""
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
@@ -12,7 +14,7 @@ from fedmkt_coordinator.artifacts import ArtifactUnknown
 from fedmkt_coordinator.context import Context, Ctx
 from fedmkt_coordinator.problems import problem_response
 from fedmkt_coordinator.routes.conditional import matches
-from fedmkt_coordinator.routes.raw import raw_body
+from fedmkt_coordinator.routes.raw import ContentRange, raw_body
 from fedmkt_coordinator.security import Downloader, Principal, Uploader
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
@@ -31,8 +33,20 @@ class RangeOutside(Refusal):
 async def read(context: Ctx, principal: Downloader, digest: Sha256, request: Request) -> Response:
     """Sites get what was made for them: public set, LLM's knowledge and vocabulary, maps, averaged adapter."""
     await _check_reader(context, principal, digest)
+    return await send_artifact(context, digest, request)
+
+
+async def send_artifact(
+    context: Context,
+    digest: str,
+    request: Request,
+    more: Mapping[str, str] = MappingProxyType({}),
+    media_type: str = "application/octet-stream",
+) -> Response:
+    """The bytes, the range of them that was asked for, or 304; `more` are headers to add."""
     size = await context.artifacts.size(digest)
     headers = {
+        **more,
         "ETag": f'"{digest}"',
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, max-age=31536000, immutable",
@@ -53,7 +67,7 @@ async def read(context: Ctx, principal: Downloader, digest: Sha256, request: Req
         context.artifacts.stream(digest, start, stop),
         206 if asked else 200,
         headers=headers,
-        media_type="application/octet-stream",
+        media_type=media_type,
     )
 
 
@@ -63,10 +77,12 @@ async def read(context: Ctx, principal: Downloader, digest: Sha256, request: Req
     summary="Store an artifact",
     openapi_extra=raw_body("application/octet-stream", "bytes with that SHA-256"),
 )
-async def write(context: Ctx, digest: Sha256, request: Request) -> ArtifactReceipt:
-    """The bytes must have the SHA-256 that the address names."""
+async def write(context: Ctx, digest: Sha256, request: Request, content_range: ContentRange = None) -> ArtifactReceipt:
+    """The bytes must have the SHA-256 that the address names. With Content-Range, in parts and after broken lines."""
+    if content_range is not None:
+        return await context.artifacts.put_part(digest, content_range, request)
     size = await context.artifacts.put_stream(digest, request.stream())
-    return ArtifactReceipt(digest=digest, size_bytes=size)
+    return ArtifactReceipt(digest=digest, size_bytes=size, arrived_bytes=size)
 
 
 async def _check_reader(context: Context, principal: Principal, digest: str) -> None:

@@ -33,11 +33,13 @@ async def claim(
 
 @router.post("/{job_id}/heartbeat", dependencies=[Worker], summary="Keep a job, and tell how far it is")
 async def heartbeat(context: Ctx, job_id: str, beat: Heartbeat) -> HeartbeatReply:
+    """Before the lease ends. `cancelled` says that nobody waits for the job any more."""
     return await jobs.heartbeat(context.store, context.patience, job_id, beat)
 
 
 @router.post("/{job_id}/complete", dependencies=[Worker], summary="Hand in the result")
 async def complete(context: Ctx, job_id: str, completion: JobCompletion) -> JobView:
+    """The artifacts that it names must be there. The same result again changes nothing."""
     job = await jobs.complete(context.store, context.artifacts, job_id, completion)
     return job_view(job, context.settings.lease_s)
 

@@ -1,6 +1,13 @@
 """How routes that read raw bytes describe their body."""
 
-from typing import Any
+from typing import Annotated, Any
+
+from fastapi import Header
+
+ContentRange = Annotated[
+    str | None,
+    Header(max_length=100, description="bytes FIRST-LAST/TOTAL: these bytes of the body; bytes */TOTAL asks what came"),
+]
 
 
 def raw_body(media_type: str, description: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fedmkt_coordinator import enrolment, federations, tasks
 from fedmkt_coordinator.context import Ctx
 from fedmkt_coordinator.routes.conditional import conditional
 from fedmkt_coordinator.routes.raw import raw_body
-from fedmkt_coordinator.security import Anyone, Operator, Site
+from fedmkt_coordinator.security import Operator, Site, Stranger
 from fedmkt_coordinator.views import site_self
 
 router = APIRouter(prefix="/v1", tags=["sites"])
@@ -46,16 +46,19 @@ async def issue_token(context: Ctx, federation_id: str, wanted: EnrolmentTokenRe
     summary="Revoke a site at once",
 )
 async def revoke(context: Ctx, federation_id: str, name: Name) -> None:
+    """From now on none of its credentials works, and its upload no longer counts. A site that is none stays none."""
     await enrolment.revoke(context.store, federation_id, name)
 
 
-@router.post("/enrol", status_code=201, dependencies=[Anyone], summary="Enrol with a token and a public key")
+@router.post("/enrol", status_code=201, dependencies=[Stranger], summary="Enrol with a token and a public key")
 async def enrol(context: Ctx, wanted: Enrolment) -> Enrolled:
+    """The token works once; the same token with the same key gives the same answer, in case it was lost."""
     return await enrolment.enrol(context.store, wanted)
 
 
-@router.post("/token", dependencies=[Anyone], summary="Exchange a signed assertion for an access token")
+@router.post("/token", dependencies=[Stranger], summary="Exchange a signed assertion for an access token")
 async def access_token(context: Ctx, wanted: TokenRequest, response: Response) -> AccessToken:
+    """The assertion is a JWT (EdDSA): iss = sub = the site's id, aud fedmkt, iat, exp at most 300 s on, a new jti."""
     response.headers["Cache-Control"] = "no-store"
     site = await enrolment.accept_assertion(context.store, wanted.assertion, context.settings.clock_skew_s)
     life_s = context.settings.access_token_s
@@ -64,6 +67,7 @@ async def access_token(context: Ctx, wanted: TokenRequest, response: Response) -
 
 @router.get("/me", response_model=SiteSelf, summary="This site and its federation")
 async def me(context: Ctx, site: Site, request: Request) -> Response:
+    """With the federation's configuration and the digest of its public set."""
     async with context.store.read() as tx:
         return conditional(request, await site_self(tx, site))
 
@@ -78,6 +82,7 @@ async def put_vocabulary(context: Ctx, site: Site, request: Request) -> Vocabula
 
 @router.put("/me/model", status_code=204, summary="Describe the model")
 async def put_model(context: Ctx, site: Site, model: SiteModel) -> None:
+    """Shown to the operator, and never trusted."""
     await federations.put_model(context.store, site, model)
 
 
@@ -87,5 +92,7 @@ async def next_task(
     site: Site,
     wait_s: Annotated[float, Query(ge=0, le=600, description="hold 'wait' back for so long, if nothing changes")] = 0,
 ) -> TaskEnvelope:
+    """`wait` may be held back for `wait_s` seconds; it is answered as soon as there is something to do."""
     longest_s = min(wait_s, context.settings.poll_max_s)
-    return TaskEnvelope(task=await tasks.next_task(context.store, context.wakeups, site, longest_s))
+    with context.metrics.listeners.labels("long_poll").track_inprogress():
+        return TaskEnvelope(task=await tasks.next_task(context.store, context.wakeups, site, longest_s))

@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request
 from fedmkt.protocol import Manifest, UploadReceipt, UploadState
 from fedmkt_coordinator import acceptance, uploads
 from fedmkt_coordinator.context import Ctx
-from fedmkt_coordinator.routes.raw import raw_body
+from fedmkt_coordinator.routes.raw import ContentRange, raw_body
 from fedmkt_coordinator.security import Site
 
 router = APIRouter(prefix="/v1/uploads", tags=["knowledge"])
@@ -19,11 +19,13 @@ async def announce(context: Ctx, site: Site, manifest: Manifest) -> UploadState:
 
 @router.get("/{upload_id}", summary="What is still missing")
 async def read(context: Ctx, site: Site, upload_id: str) -> UploadState:
+    """The numbers of the chunks to send, counted from 0."""
     return await uploads.state(context.desk, site, upload_id)
 
 
 @router.delete("/{upload_id}", status_code=204, summary="Take back an upload that is not complete")
 async def abandon(context: Ctx, site: Site, upload_id: str) -> None:
+    """To announce other bytes for the same round."""
     await uploads.abandon(context.desk, site, upload_id)
 
 
@@ -32,9 +34,11 @@ async def abandon(context: Ctx, site: Site, upload_id: str) -> None:
     summary="Send one chunk",
     openapi_extra=raw_body("application/octet-stream", "the bytes that the manifest announced"),
 )
-async def put_chunk(context: Ctx, site: Site, upload_id: str, index: int, request: Request) -> UploadState:
-    """In any order, any number of times."""
-    return await uploads.put_chunk(context.desk, site, upload_id, index, await request.body())
+async def put_chunk(
+    context: Ctx, site: Site, upload_id: str, index: int, request: Request, content_range: ContentRange = None
+) -> UploadState:
+    """In any order, any number of times, whole or in parts. What came before a line broke is kept: `arrived`."""
+    return await uploads.put_chunk(context.desk, site, upload_id, index, content_range, request)
 
 
 @router.post("/{upload_id}/complete", summary="Check the whole and get a receipt")

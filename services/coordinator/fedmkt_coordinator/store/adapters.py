@@ -2,9 +2,16 @@
 
 from sqlalchemy import func, select, update
 
+from fedmkt.errors import Refusal
 from fedmkt_coordinator.store.records import AdapterRow
 from fedmkt_coordinator.store.statements import Statements
 from fedmkt_coordinator.store.tables import adapters
+
+
+class AdapterUnknown(Refusal):
+    status = 404
+    code = "adapter.unknown"
+    title = "No such adapter"
 
 
 class Adapters(Statements):
@@ -13,6 +20,25 @@ class Adapters(Statements):
         if await self._insert_new(adapters, row) and row.promoted:
             others = (adapters.c.federation_id == row.federation_id) & (adapters.c.version != row.version)
             await self._count(update(adapters).where(others).values(promoted=False))
+
+    async def adapter(self, federation_id: str, version: int) -> AdapterRow:
+        statement = select(adapters).where(adapters.c.federation_id == federation_id, adapters.c.version == version)
+        found = await self._first(AdapterRow, statement)
+        if found is None:
+            raise AdapterUnknown(
+                f"federation {federation_id} has no adapter version {version}; GET /v1/federations/{federation_id}"
+                "/adapters lists them"
+            )
+        return found
+
+    async def promote_adapter(self, row: AdapterRow) -> AdapterRow:
+        """This version, and no other, is what the next job starts from."""
+        await self._count(
+            update(adapters)
+            .where(adapters.c.federation_id == row.federation_id)
+            .values(promoted=adapters.c.version == row.version)
+        )
+        return await self.adapter(row.federation_id, row.version)
 
     async def last_adapter_version(self, federation_id: str) -> int:
         statement = select(func.max(adapters.c.version)).where(adapters.c.federation_id == federation_id)

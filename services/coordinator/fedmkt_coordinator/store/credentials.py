@@ -2,7 +2,7 @@
 
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import bindparam, delete, select, update
 
 from fedmkt_coordinator.store.records import CredentialRow, EnrolmentTokenRow
 from fedmkt_coordinator.store.statements import Statements
@@ -11,25 +11,29 @@ from fedmkt_coordinator.store.tables import assertions, credentials, enrolment_t
 IDEMPOTENCY_KEPT = timedelta(days=2)
 
 
+_BY_HASH = select(credentials).where(credentials.c.token_hash == bindparam("key"))
+
+
 class Credentials(Statements):
     async def shared_secret(self, name: str, proposal: str) -> str:
         """The secret of that name: `proposal` if there was none, whoever else proposes at the same time."""
         await self._insert_new(secrets, {"name": name, "value": proposal})
         return str(await self._scalar(select(secrets.c.value).where(secrets.c.name == name)))
 
-    async def set_credential(self, token_hash: str, role: str, origin: str) -> None:
+    async def set_credential(self, token_hash: str, role: str, origin: str) -> bool:
+        """True when the token is new."""
         row = {"token_hash": token_hash, "role": role, "origin": origin, "created_at": self.now}
-        await self._insert_new(credentials, row)
+        return await self._insert_new(credentials, row)
 
-    async def drop_credentials(self, role: str, origin: str, keep: str | None) -> None:
-        """Forget the tokens of that role and origin, all but the one with hash `keep`."""
+    async def drop_credentials(self, role: str, origin: str, keep: str | None) -> int:
+        """Forget the tokens of that role and origin, all but the one with hash `keep`; returns how many."""
         statement = delete(credentials).where(credentials.c.role == role, credentials.c.origin == origin)
         if keep is not None:
             statement = statement.where(credentials.c.token_hash != keep)
-        await self._count(statement)
+        return await self._count(statement)
 
     async def credential(self, token_hash: str) -> CredentialRow | None:
-        return await self._first(CredentialRow, select(credentials).where(credentials.c.token_hash == token_hash))
+        return await self._first(CredentialRow, _BY_HASH, key=token_hash)
 
     async def issue_enrolment_token(self, token_hash: str, federation_id: str, site: str, expires_at: datetime) -> None:
         """Any unused token for the same site stops working."""

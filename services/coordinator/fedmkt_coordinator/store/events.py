@@ -2,12 +2,12 @@
 
 from sqlalchemy import select, update
 
+from fedmkt_coordinator.store.audit import Audit, is_act
 from fedmkt_coordinator.store.records import EventRow
-from fedmkt_coordinator.store.statements import Statements
 from fedmkt_coordinator.store.tables import events, federations
 
 
-class Events(Statements):
+class Events(Audit):
     async def append(
         self,
         federation_id: str,
@@ -27,6 +27,9 @@ class Events(Statements):
         sequence = await self._scalar(statement.returning(federations.c.events))
         row = EventRow(federation_id, int(sequence), self.now, kind, round_id, site, data)
         await self._insert(events, row)
+        if is_act(kind, data):
+            told = data if site is None else {"site": site, **data}
+            self.audit(kind, round_id or federation_id, told, federation_id=federation_id)
         self.outbox.events.append(row)
         self.outbox.federations.add(federation_id)
 

@@ -7,6 +7,7 @@ from sqlalchemy import func, select, update
 
 from fedmkt.errors import Refusal
 from fedmkt.protocol import DistillJob, DistillResult, LlmProgress, MapJob, MapResult
+from fedmkt.tracing import current_header
 from fedmkt_coordinator.ids import new_id
 from fedmkt_coordinator.store.events import Events
 from fedmkt_coordinator.store.records import JobRow
@@ -21,6 +22,7 @@ class JobUnknown(Refusal):
 
 class Jobs(Events):
     async def add_job(self, payload: DistillJob | MapJob, job_id: str | None = None) -> JobRow:
+        payload = payload.model_copy(update={"traceparent": current_header()})
         row = JobRow(
             id=job_id or new_id("job"),
             federation_id=payload.federation_id,

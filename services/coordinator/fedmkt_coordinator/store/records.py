@@ -43,6 +43,20 @@ class EnrolmentTokenRow:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditRow:
+    sequence: int
+    at: datetime
+    federation_id: str | None
+    role: str
+    actor: str
+    action: str
+    target: str
+    data: EventData
+    previous: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class FederationRow:
     id: str
     name: str
@@ -54,6 +68,10 @@ class FederationRow:
     llm_vocabulary: str | None
     rounds_requested: int
     events: int
+    every_s: float | None = None
+    rounds_left: int | None = None
+    next_round_at: datetime | None = None
+    paused_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +118,25 @@ class EventRow:
     round_id: str | None
     site: str | None
     data: EventData
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookRow:
+    id: str
+    federation_id: str
+    url: str
+    kinds: tuple[str, ...]
+    secret: str
+    state: Literal["active", "disabled"]
+    reason: str | None
+    created_at: datetime
+    delivered: int
+    delivered_at: datetime | None
+    failures: int
+    failing_since: datetime | None
+    due_at: datetime
+    claim: str | None
+    claimed_until: datetime | None
 
 
 @dataclass(frozen=True, slots=True)

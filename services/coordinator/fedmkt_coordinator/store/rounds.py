@@ -3,14 +3,16 @@
 from collections.abc import Iterable
 from datetime import datetime
 
-from sqlalchemy import func, select, update
+from sqlalchemy import bindparam, func, select, update
 
 from fedmkt.errors import Refusal
 from fedmkt.protocol import ApplyReport, DistillResult, RoundState
 from fedmkt_coordinator.ids import new_id
 from fedmkt_coordinator.store.events import Events
 from fedmkt_coordinator.store.records import RoundRow, RoundSiteRow, SiteRow
-from fedmkt_coordinator.store.tables import ACTIVE_STATES, round_sites, rounds
+from fedmkt_coordinator.store.tables import ACTIVE_STATES, round_sites, rounds, sites
+
+_BY_ID = select(rounds).where(rounds.c.id == bindparam("key"))
 
 
 class RoundUnknown(Refusal):
@@ -46,7 +48,7 @@ class Rounds(Events):
         return row
 
     async def round(self, round_id: str) -> RoundRow:
-        found = await self._first(RoundRow, select(rounds).where(rounds.c.id == round_id))
+        found = await self._first(RoundRow, _BY_ID, key=round_id)
         if found is None:
             raise RoundUnknown(f"there is no round {round_id}; GET /v1/federations/.../rounds lists them")
         return found
@@ -96,10 +98,13 @@ class Rounds(Events):
             f"round {row.number} is no longer {row.state}",
         )
         moved = await self.round(row.id)
-        await self._tell_round(moved, row.state)
+        whole_s = round(sum(moved.seconds.values()), 3) if ends else None
+        await self._tell_round(moved, row.state, round(spent, 3), whole_s)
         return moved
 
-    async def _tell_round(self, row: RoundRow, before: str) -> None:
+    async def _tell_round(
+        self, row: RoundRow, before: str, spent_s: float | None = None, whole_s: float | None = None
+    ) -> None:
         await self.append(
             row.federation_id,
             "round.state",
@@ -108,6 +113,8 @@ class Rounds(Events):
             before=before,
             state=row.state,
             reason=row.reason,
+            seconds=spent_s,
+            round_seconds=whole_s,
         )
 
     # -------------------------------------------------------------------------------------------- parts of sites
@@ -120,6 +127,37 @@ class Rounds(Events):
     async def part(self, round_id: str, site: str) -> RoundSiteRow | None:
         statement = select(round_sites).where(round_sites.c.round_id == round_id, round_sites.c.site == site)
         return await self._first(RoundSiteRow, statement)
+
+    async def awaited_uploads(self, round_id: str, limit: int) -> list[str]:
+        """Sites whose upload the round expects and has not got, by name; at most `limit` of them."""
+        part = round_sites.c
+        waits = (part.round_id == round_id) & part.expected.is_(True) & part.uploaded_at.is_(None)
+        rows = await self._connection.execute(select(part.site).where(waits).order_by(part.site).limit(limit))
+        return [str(row[0]) for row in rows]
+
+    async def awaited_reports(self, row: RoundRow, limit: int) -> list[str]:
+        """Sites that uploaded, or asked for a task since the round began, and have not reported; by name, some of them.
+
+        `rounds.awaited_appliers` without its look at every site's maps: one that lacks maps may be among these.
+        """
+        part, site = round_sites.c, sites.c
+        described = site.revoked_at.is_(None) & site.model.is_not(None) & site.vocabulary.is_not(None)
+        takes_part = part.uploaded_at.is_not(None) | (site.last_seen_at >= row.started_at)
+        statement = (
+            select(site.name)
+            .join_from(sites, round_sites, (part.round_id == row.id) & (part.site == site.name), isouter=True)
+            .where(site.federation_id == row.federation_id, described, takes_part, part.applied_at.is_(None))
+        )
+        rows = await self._connection.execute(statement.order_by(site.name).limit(limit))
+        return [str(each[0]) for each in rows]
+
+    async def awaits_uploader(self, row: RoundRow) -> bool:
+        """Whether some site uploaded, is still enrolled and has not reported: then the round waits for it."""
+        part = round_sites.c
+        waits = (part.round_id == row.id) & part.uploaded_at.is_not(None) & part.applied_at.is_(None)
+        enrolled = (sites.c.federation_id == row.federation_id) & sites.c.revoked_at.is_(None)
+        statement = select(part.site).join(sites, (sites.c.name == part.site) & enrolled).where(waits).limit(1)
+        return await self._scalar(statement) is not None
 
     async def join_round(self, round_id: str, site: str) -> None:
         """A site that was not expected takes part after all, as a learner."""

@@ -1,6 +1,8 @@
 """Enrolled sites."""
 
-from sqlalchemy import or_, select, update
+from collections.abc import Collection
+
+from sqlalchemy import bindparam, or_, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from fedmkt.errors import Refusal
@@ -9,6 +11,8 @@ from fedmkt_coordinator.ids import new_id
 from fedmkt_coordinator.store.records import FederationRow, SiteRow
 from fedmkt_coordinator.store.statements import Statements
 from fedmkt_coordinator.store.tables import federations, rounds, sites, vocabularies, vocabulary_maps
+
+_BY_ID = select(sites).where(sites.c.id == bindparam("key"))
 
 
 class SiteUnknown(Refusal):
@@ -24,7 +28,7 @@ class Sites(Statements):
         return row
 
     async def site(self, site_id: str) -> SiteRow:
-        found = await self._first(SiteRow, select(sites).where(sites.c.id == site_id))
+        found = await self._first(SiteRow, _BY_ID, key=site_id)
         if found is None:
             raise SiteUnknown(f"there is no site {site_id}; enrol with a token from the operator")
         return found
@@ -57,8 +61,8 @@ class Sites(Statements):
             f"site {site.name} was revoked",
         )
 
-    async def saw_site(self, site_id: str) -> None:
-        await self._count(update(sites).where(sites.c.id == site_id).values(last_seen_at=self.now))
+    async def saw_sites(self, site_ids: Collection[str]) -> None:
+        await self._count(update(sites).where(sites.c.id.in_(sorted(site_ids))).values(last_seen_at=self.now))
 
     async def site_may_read(self, site: SiteRow, federation: FederationRow, digest: str) -> bool:
         """Whether the artifact was made for this site: public set, LLM's knowledge, vocabularies, maps to it."""

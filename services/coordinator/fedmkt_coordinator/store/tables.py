@@ -4,6 +4,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -86,6 +87,29 @@ idempotency_keys = Table(
     PrimaryKeyConstraint("scope", "key"),
 )
 
+audit_log = Table(
+    "audit_log",  # every act; `digest` is over the row and the `previous` digest
+    metadata,
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", UtcTime, nullable=False),
+    Column("federation_id", Identifier, nullable=True, index=True),
+    Column("role", StateText, nullable=False),
+    Column("actor", String(64), nullable=False),
+    Column("action", String(100), nullable=False),
+    Column("target", String(200), nullable=False),
+    Column("data", Wire(dict[str, str | int | float | bool | None]), nullable=False),
+    Column("previous", DigestText, nullable=False),
+    Column("digest", DigestText, nullable=False),
+)
+
+audit_head = Table(
+    "audit_head",  # one row, the end of the log: whoever writes to the log locks it first
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("digest", DigestText, nullable=False),
+)
+
 # ------------------------------------------------------------------------------------------------ federations
 
 federations = Table(
@@ -93,14 +117,18 @@ federations = Table(
     metadata,
     Column("id", Identifier, primary_key=True),
     Column("name", NameText, nullable=False, unique=True),
-    Column("config", Wire(FederationConfig), nullable=False),
+    Column("config", Wire(FederationConfig, often=True), nullable=False),
     Column("created_at", UtcTime, nullable=False),
     Column("public_set", DigestText, nullable=True),
     Column("public_samples", Integer, nullable=False, default=0),
-    Column("llm", Wire(ModelCard), nullable=True),
+    Column("llm", Wire(ModelCard, often=True), nullable=True),
     Column("llm_vocabulary", DigestText, nullable=True),  # fingerprint
     Column("rounds_requested", Integer, nullable=False, default=0),
     Column("events", BigInteger, nullable=False, default=0),  # sequence of the last event
+    Column("every_s", Float, nullable=True),  # the schedule: none, if null
+    Column("rounds_left", Integer, nullable=True),  # of the schedule; without end, if null
+    Column("next_round_at", UtcTime, nullable=True, index=True),  # when the schedule asks for its next round
+    Column("paused_at", UtcTime, nullable=True),
 )
 
 sites = Table(
@@ -112,7 +140,7 @@ sites = Table(
     Column("public_key", DigestText, nullable=False),
     Column("enrolled_at", UtcTime, nullable=False),
     Column("revoked_at", UtcTime, nullable=True),
-    Column("model", Wire(ModelCard), nullable=True),
+    Column("model", Wire(ModelCard, often=True), nullable=True),
     Column("private_samples", BigInteger, nullable=True),
     Column("vocabulary", DigestText, nullable=True),  # fingerprint
     Column("last_seen_at", UtcTime, nullable=True),
@@ -157,6 +185,27 @@ events = Table(
     Column("site", NameText, nullable=True),
     Column("data", Wire(dict[str, str | int | float | bool | None]), nullable=False),
     PrimaryKeyConstraint("federation_id", "sequence"),
+)
+
+webhooks = Table(
+    "webhooks",  # events of one federation go out in order: `delivered` is how far that is
+    metadata,
+    Column("id", Identifier, primary_key=True),
+    Column("federation_id", Identifier, ForeignKey("federations.id"), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("kinds", Wire(tuple[str, ...]), nullable=False),
+    Column("secret", Text, nullable=False),
+    Column("state", StateText, nullable=False),  # active, disabled
+    Column("reason", Text, nullable=True),
+    Column("created_at", UtcTime, nullable=False),
+    Column("delivered", BigInteger, nullable=False),
+    Column("delivered_at", UtcTime, nullable=True),
+    Column("failures", Integer, nullable=False),
+    Column("failing_since", UtcTime, nullable=True),
+    Column("due_at", UtcTime, nullable=False, index=True),
+    Column("claim", Identifier, nullable=True),  # the replica's present attempt, valid until claimed_until
+    Column("claimed_until", UtcTime, nullable=True),
+    UniqueConstraint("federation_id", "url"),
 )
 
 adapters = Table(
@@ -231,7 +280,7 @@ uploads = Table(
     Column("federation_id", Identifier, ForeignKey("federations.id"), nullable=False),
     Column("round_id", Identifier, ForeignKey("rounds.id"), nullable=False),
     Column("site", NameText, nullable=False),
-    Column("manifest", Wire(Manifest), nullable=False),
+    Column("manifest", Wire(Manifest, often=True), nullable=False),
     Column("kind", StateText, nullable=False),
     Column("state", StateText, nullable=False),  # open, accepted, refused, abandoned
     Column("created_at", UtcTime, nullable=False),

@@ -2,16 +2,24 @@
 
 from collections.abc import Iterable
 
-from sqlalchemy import delete, exists, not_, or_, select, update
+from sqlalchemy import bindparam, delete, exists, not_, or_, select, update
 
 from fedmkt.errors import Refusal
 from fedmkt.protocol import Manifest
 from fedmkt_coordinator.ids import new_id
 from fedmkt_coordinator.store.records import UploadRow, UploadRowState
 from fedmkt_coordinator.store.statements import Statements
-from fedmkt_coordinator.store.tables import ACTIVE_STATES, rounds, upload_chunks, uploads
+from fedmkt_coordinator.store.tables import ACTIVE_STATES, rounds, sites, upload_chunks, uploads
 
 LIVE = ("open", "accepted")
+_BY_ID = select(uploads).where(uploads.c.id == bindparam("key"))
+_TAKES = (
+    select(uploads.c.id)
+    .join(rounds, (rounds.c.id == uploads.c.round_id) & (rounds.c.state == "collecting"))
+    .join(sites, (sites.c.id == bindparam("site")) & sites.c.revoked_at.is_(None))
+    .where(uploads.c.id == bindparam("key"), uploads.c.state == "open")
+)
+_CHUNKS = select(upload_chunks.c.number).where(upload_chunks.c.upload_id == bindparam("key"))
 
 
 class UploadUnknown(Refusal):
@@ -44,7 +52,7 @@ class Uploads(Statements):
         return await self._first(UploadRow, statement)
 
     async def upload(self, upload_id: str) -> UploadRow:
-        found = await self._first(UploadRow, select(uploads).where(uploads.c.id == upload_id))
+        found = await self._first(UploadRow, _BY_ID, key=upload_id)
         if found is None:
             raise UploadUnknown(f"there is no upload {upload_id}; announce it with POST /v1/uploads")
         return found
@@ -66,12 +74,15 @@ class Uploads(Statements):
         mine = (uploads.c.round_id == round_id) & (uploads.c.site == site) & uploads.c.state.in_(states)
         await self._count(update(uploads).where(mine).values(state="abandoned"))
 
+    async def takes_chunks(self, upload_id: str, site_id: str) -> bool:
+        """The upload is open, its round collects and its site is enrolled: one statement for what is asked most."""
+        return await self._first(str, _TAKES, key=upload_id, site=site_id) is not None
+
     async def add_chunk(self, upload_id: str, number: int) -> None:
         await self._insert_new(upload_chunks, {"upload_id": upload_id, "number": number})
 
     async def chunks(self, upload_id: str) -> set[int]:
-        statement = select(upload_chunks.c.number).where(upload_chunks.c.upload_id == upload_id)
-        return {int(row[0]) for row in await self._connection.execute(statement)}
+        return {int(row[0]) for row in await self._connection.execute(_CHUNKS, {"key": upload_id})}
 
     async def forget_chunks(self, upload_id: str) -> None:
         """Call it when the chunks themselves are gone: the rows say what there is to delete."""
