@@ -4,6 +4,7 @@ import json
 import shutil
 import tarfile
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,9 +17,12 @@ if TYPE_CHECKING:  # pydantic and httpx take half of the time that --help may ta
     from fedmkt.client import CoordinatorClient
     from fedmkt.protocol import AdapterView
 
-adapter_app = typer.Typer(help="List, promote, roll back and download the LLM's adapters.", no_args_is_help=True)
+adapter_app = typer.Typer(
+    help="List, promote, roll back, download and export the LLM's adapters.", no_args_is_help=True
+)
 
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CARD = "README.md"
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", CARD)
 WEIGHTS = "weights.safetensors"
 
 Version = Annotated[int, typer.Argument(min=0, help="Version; `fedmkt adapter list` shows them.")]
@@ -120,7 +124,7 @@ def download(
     credentials: CredentialsPath = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch an adapter as a PEFT folder, ready for `PeftModel.from_pretrained`; breaks of the line are sat out.
+    """Fetch an adapter and its model card as a PEFT folder, for `PeftModel.from_pretrained`; broken lines are sat out.
 
     A federation without LoRA has no adapters: then it is the weights that differ from the base model's.
 
@@ -129,27 +133,49 @@ def download(
     with connect(url, token, credentials) as client:
         name = client.federation(federation_id).config.name
         view = _chosen(client, federation_id, version)
-        folder = out or Path(f"{name}-adapter-{view.version}")
-        if folder.exists():
-            raise FolderExists(f"{folder} is there already; name another folder with --out")
-        if view.artifact is None:
-            raise NothingToDownload(f"version {view.version} is the bare base model: there is nothing to download")
-        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as draft:
-            path = client.fetch_artifact(view.artifact, Path(draft))
-            files = _unpack(path, Path(draft) / "folder")
-            (Path(draft) / "folder").rename(folder)
+        folder = new_folder(out or Path(f"{name}-adapter-{view.version}"))
+        files = _fetch(client, view, folder)
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), "version": view.version, "files": files}))
     else:
         typer.echo(f"{folder}: {', '.join(files)} of version {view.version}")
 
 
+def downloaded(
+    source: str, version: int | None, draft: Path, url: str, token: str | None, credentials: Path | None
+) -> Path:
+    """The folder `source`, or the version of the federation `source`, which is put below `draft`."""
+    if Path(source).is_dir():
+        return Path(source)
+    with connect(url, token, credentials) as client:
+        _fetch(client, _chosen(client, source, version), draft / "adapter")
+    return draft / "adapter"
+
+
+def new_folder(folder: Path) -> Path:
+    """The folder, which must not be there; those above it are made."""
+    if folder.exists():
+        raise FolderExists(f"{folder} is there already; name another folder with --out")
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _fetch(client: "CoordinatorClient", view: "AdapterView", folder: Path) -> list[str]:
+    """The version's files into a new folder, which is whole or not there."""
+    if view.artifact is None:
+        raise NothingToDownload(f"version {view.version} is the bare base model: there is nothing to download")
+    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as draft:
+        path = client.fetch_artifact(view.artifact, Path(draft))
+        files = _unpack(path, Path(draft) / "folder")
+        (Path(draft) / "folder").rename(folder)
+    return files
+
+
 def _unpack(artifact: Path, folder: Path) -> list[str]:
-    """What the artifact holds, into a new folder: the two files of a PEFT folder, or the weights of full training."""
+    """What the artifact holds, into a new folder: a PEFT folder, or the weights of full training; and its card."""
     folder.mkdir()
     if not tarfile.is_tarfile(artifact):
-        artifact.rename(folder / WEIGHTS)
-        return [WEIGHTS]
+        return _unpack_weights(artifact, folder)
     with tarfile.open(artifact) as tar:
         members = tar.getmembers()
         for member in members:
@@ -163,6 +189,22 @@ def _unpack(artifact: Path, folder: Path) -> list[str]:
     return [member.name for member in members]
 
 
+def _unpack_weights(artifact: Path, folder: Path) -> list[str]:
+    """The card is in the weights' metadata: a safetensors file has room for it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(artifact, framework="numpy") as file:
+            card = (file.metadata() or {}).get(CARD)
+    except SafetensorError as error:
+        raise StrangeAdapter(f"the adapter is neither a tar nor a safetensors file: {error}; do not use it") from error
+    artifact.rename(folder / WEIGHTS)
+    if card is None:
+        return [WEIGHTS]
+    (folder / CARD).write_text(card, encoding="utf-8")
+    return [WEIGHTS, CARD]
+
+
 def _chosen(client: "CoordinatorClient", federation_id: str, version: int | None) -> "AdapterView":
     if version is not None:
         return client.adapter(federation_id, version)
@@ -171,14 +213,9 @@ def _chosen(client: "CoordinatorClient", federation_id: str, version: int | None
 
 
 def _all(client: "CoordinatorClient", federation_id: str) -> "list[AdapterView]":
-    found: list[AdapterView] = []
-    cursor: str | None = None
-    while True:
-        page = client.adapters(federation_id, cursor)
-        found += page.items
-        cursor = page.next_cursor
-        if cursor is None:
-            return found
+    from fedmkt.calls import all_items
+
+    return list(all_items(partial(client.adapters, federation_id)))
 
 
 def _print_promoted(view: "AdapterView", as_json: bool) -> None:

@@ -80,12 +80,9 @@ def export(
 
 def entries(client: "CoordinatorClient") -> "Iterator[AuditEntry]":
     """The whole log, page by page."""
-    cursor: str | None = None
-    while True:
-        page = client.audit(cursor)
-        yield from page.items
-        if (cursor := page.next_cursor) is None:
-            return
+    from fedmkt.calls import all_items
+
+    return all_items(client.audit)
 
 
 def _write(path: Path, head: "AuditHead") -> None:

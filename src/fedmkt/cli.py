@@ -6,6 +6,7 @@ on standard error and exit status 1; bad usage ends it with status 2.
 
 import json
 import sys
+import tempfile
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from fedmkt import __version__
-from fedmkt.adapter_commands import adapter_app
+from fedmkt.adapter_commands import adapter_app, downloaded, new_folder
 from fedmkt.audit_commands import audit_app
+from fedmkt.data_commands import data_app
 from fedmkt.errors import Refusal
-from fedmkt.operator_commands import federation_app, rounds_app, site_app
+from fedmkt.operator_commands import DEFAULT_URL, CredentialsPath, Token, Url, federation_app, rounds_app, site_app
 
 COMMANDS_GROUP = "fedmkt.commands"
 REFUSED, MISUSED, INTERRUPTED = 1, 2, 130
@@ -39,6 +41,7 @@ app.add_typer(site_app, name="site")
 app.add_typer(rounds_app, name="rounds")
 app.add_typer(adapter_app, name="adapter")
 app.add_typer(audit_app, name="audit")
+app.add_typer(data_app, name="data")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -46,6 +49,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")
 class ExtraMissing(Refusal):
     code = "cli.extra_missing"
     title = "A part of FedMKT is not installed"
+
+
+class NothingToMerge(Refusal):
+    code = "cli.nothing_to_merge"
+    title = "A merged model needs --merge and a base model"
 
 
 class MalformedPair(Refusal):
@@ -97,6 +105,44 @@ def demo(
         controls=controls,
     )
     raise typer.Exit(run_demo(options))
+
+
+@adapter_app.command("export")
+def export(
+    source: Annotated[str, typer.Argument(help="Federation id, or a folder that `fedmkt adapter download` wrote.")],
+    version: Annotated[int | None, typer.Argument(min=1, help="Version; the promoted one when left out.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Add the adapter to the base model's weights.")] = False,
+    base: Annotated[str | None, typer.Option(help="The LLM server's model: folder or hub id (ID@COMMIT).")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")] = "float32",
+    out: Annotated[Path, typer.Option(help="New folder.")] = Path("merged-model"),
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    credentials: CredentialsPath = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a whole model folder, base and adapter in one, for `AutoModelForCausalLM.from_pretrained`, vLLM and others.
+
+    The sum is made on the CPU in float32 and rounded once. A base other than the model card's is refused.
+
+    Example: fedmkt adapter export fed_0123456789abcdef --merge --base models/llm --out merged
+    """
+    if not merge or base is None:
+        raise NothingToMerge(
+            "a whole model is written with --merge --base MODEL, the LLM server's model; for the adapter alone use "
+            "`fedmkt adapter download`"
+        )
+    _require("adapter export", "torch", "transformers", "peft", extra="ml")
+    from fedmkt.ml.merge import merge_adapter
+
+    new_folder(out)
+    name, _, commit = (base, "", "") if Path(base).is_dir() else base.partition("@")
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as draft:
+        folder = downloaded(source, version, Path(draft), url, token, credentials)
+        files = merge_adapter(folder, name, out, revision=commit or None, dtype=dtype)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(out), "dtype": dtype, "files": files}))
+    else:
+        typer.echo(f"{out}: {', '.join(files)}, {dtype}")
 
 
 @app.command()

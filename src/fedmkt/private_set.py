@@ -4,20 +4,16 @@ Nothing in this module is ever sent, and its refusals name lines, never what sta
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedmkt.errors import Refusal
-from fedmkt.public_set import PublicSample, PublicSet, PublicSetRefusal
+from fedmkt.private_formats import AS_THEY_ARE, Columns, PrivateSetRefused
+from fedmkt.private_records import Problem, read_samples
+from fedmkt.public_set import PublicSample
 
 MIN_HOLDOUT = 8  # fewer say nothing about a regression
 HASH_SPACE = 1 << 64
-
-
-class PrivateSetRefused(Refusal):
-    code = "private_set.malformed"
-    title = "The private file cannot be used"
 
 
 class PrivateSetTooSmall(Refusal):
@@ -36,17 +32,16 @@ class PrivateSet:
         return f"PrivateSet(train={len(self.train)}, holdout={len(self.holdout)})"
 
 
-def read_private_set(path: Path, holdout_share: float, chat_template: str) -> PrivateSet:
-    """Read JSONL lines of {text}, {prompt, completion} or {messages}. Raises PrivateSetRefused naming the line."""
-    try:
-        source = path.read_bytes()
-    except OSError as error:
-        raise PrivateSetRefused(f"the private file cannot be read: {error.strerror}") from error
-    try:
-        samples = PublicSet.from_jsonl(_anonymous(source), chat_template).samples
-    except PublicSetRefusal as error:
-        raise PrivateSetRefused(f"private file: {error.detail}") from None
-    return split_private(samples, holdout_share)
+def read_private_set(
+    path: Path, holdout_share: float, chat_template: str, columns: Columns = AS_THEY_ARE
+) -> PrivateSet:
+    """Read any format of `fedmkt.private_formats`. Raises PrivateSetRefused, which names the first bad record."""
+    samples: list[PublicSample] = []
+    for found in read_samples(path, chat_template, columns):
+        if isinstance(found, Problem):
+            raise PrivateSetRefused(f"private file: {found.place} {found.reason}; `fedmkt data check` lists all")
+        samples.append(found)
+    return split_private(tuple(samples), holdout_share)
 
 
 def split_private(samples: tuple[PublicSample, ...], holdout_share: float) -> PrivateSet:
@@ -67,18 +62,3 @@ def split_private(samples: tuple[PublicSample, ...], holdout_share: float) -> Pr
     train = tuple(sample for sample, place in zip(samples, places, strict=True) if place >= bound)
     holdout = tuple(sample for sample, place in zip(samples, places, strict=True) if place < bound)
     return PrivateSet(train, holdout)
-
-
-def _anonymous(source: bytes) -> bytes:
-    """The same lines without their ids (which may be a patient's or a customer's, or repeat) and domains."""
-    return b"\n".join(map(_anonymous_line, source.removeprefix(b"\xef\xbb\xbf").split(b"\n")))
-
-
-def _anonymous_line(line: bytes) -> bytes:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # blank, or to be refused by the parser with its number
-        return line
-    if not isinstance(row, dict):
-        return line
-    return json.dumps({key: value for key, value in row.items() if key not in ("id", "domain")}).encode()

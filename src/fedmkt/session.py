@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from itertools import count
-from typing import Literal, TypeVar
+from typing import Literal, TypedDict, TypeVar, Unpack
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ValidationError
 
 from fedmkt import __version__
+from fedmkt.answers import CoordinatorProblem, UnexpectedAnswer, http_date, problem_of, read_whole
 from fedmkt.errors import Refusal
-from fedmkt.protocol import PROTOCOL_HEADER, PROTOCOL_VERSION, AccessToken, Problem, TokenRequest
+from fedmkt.protocol import PROTOCOL_HEADER, PROTOCOL_VERSION, AccessToken, TokenRequest
 from fedmkt.signing import site_assertion
 from fedmkt.tracing import HEADER, current_header
 
@@ -32,11 +32,8 @@ log = logging.getLogger(__name__)
 USER_AGENT = f"fedmkt/{__version__} protocol/{PROTOCOL_VERSION} python/{platform.python_version()}"
 RETRIED = frozenset({408, 429, 502, 503, 504})
 RENEW_BEFORE_S = 30.0  # a token is renewed this long before it ends, or at half its life if that is shorter
-MAX_DETAIL = 500
 WORTH_A_LINE_S = 1.0  # shorter pauses between attempts are not logged
 ANSWER_TIMEOUTS = 5  # an answer that trickles in is given up after so many timeouts
-MAX_ANSWER_BYTES = 64 << 20  # of one that is no artifact
-AS_SENT = frozenset({"content-encoding", "content-length", "transfer-encoding"})  # no longer true of a decoded answer
 CLOCK_WARNING_S = 30.0
 CLOCK_ACCURACY_S = 2.0
 
@@ -45,27 +42,10 @@ Answer = TypeVar("Answer")
 View = TypeVar("View", bound=BaseModel)
 
 
-class CoordinatorProblem(Refusal):
-    """The coordinator refused: `status`, `code` and `title` are those of its problem document."""
-
-    def __init__(self, problem: Problem, retry_after_s: float | None = None) -> None:
-        super().__init__(problem.detail)
-        self.problem = problem
-        self.retry_after_s = retry_after_s
-        # Refusal declares these per class; a problem that came over the wire carries its own.
-        vars(self).update(status=problem.status, code=problem.code, title=problem.title)
-
-
 class CoordinatorUnreachable(Refusal):
     status = 503
     code = "coordinator.unreachable"
     title = "The coordinator does not answer"
-
-
-class UnexpectedAnswer(Refusal):
-    status = 502
-    code = "coordinator.unexpected_answer"
-    title = "The coordinator's answer is not understood"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +93,16 @@ class Traffic:
 
 def utc_now() -> datetime:
     return datetime.now(UTC)
+
+
+class Call(TypedDict, total=False):
+    """What a request may have besides its address; `public` ones carry no credential."""
+
+    body: BaseModel | bytes | None
+    params: Mapping[str, str | int | float] | None
+    headers: Mapping[str, str] | None
+    timeout_s: float | None
+    public: bool
 
 
 class Session:
@@ -172,45 +162,17 @@ class Session:
 
     # ------------------------------------------------------------------------------------------ one request
 
-    def request(
-        self,
-        method: Method,
-        path: str,
-        *,
-        body: BaseModel | bytes | None = None,
-        params: Mapping[str, str | int | float] | None = None,
-        headers: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
-        public: bool = False,
-    ) -> httpx.Response:
-        """Send until an answer below 400 comes; `public` calls carry no credential.
+    def request(self, method: Method, path: str, **call: Unpack[Call]) -> httpx.Response:
+        """Send until an answer below 300 comes.
 
         Raises CoordinatorProblem for a refusal, CoordinatorUnreachable when patience ends without any answer.
         """
+        return self.persist(f"{method} {path}", lambda: self.once(method, path, **call))
 
-        def attempt() -> httpx.Response:
-            return self.once(
-                method, path, body=body, params=params, headers=headers, timeout_s=timeout_s, public=public
-            )
-
-        return self.persist(f"{method} {path}", attempt)
-
-    def once(
-        self,
-        method: Method,
-        path: str,
-        *,
-        body: BaseModel | bytes | None = None,
-        params: Mapping[str, str | int | float] | None = None,
-        headers: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
-        public: bool = False,
-    ) -> httpx.Response:
+    def once(self, method: Method, path: str, **call: Unpack[Call]) -> httpx.Response:
         """One attempt, its answer read. Raises CoordinatorProblem for a refusal, httpx.TransportError."""
-        with self.stream(
-            method, path, body=body, params=params, headers=headers, timeout_s=timeout_s, public=public
-        ) as response:
-            return _read_whole(response, (timeout_s or self.timeout_s) * ANSWER_TIMEOUTS)
+        with self.stream(method, path, **call) as response:
+            return read_whole(response, (call.get("timeout_s") or self.timeout_s) * ANSWER_TIMEOUTS)
         raise AssertionError("the block above returns or raises")
 
     def read(self, model: type[View], response: httpx.Response) -> View:
@@ -255,13 +217,17 @@ class Session:
             break
         try:
             if response.status_code >= 300:
-                raise _problem(_read_whole(response, timeout_s or self.timeout_s))
+                raise problem_of(read_whole(response, timeout_s or self.timeout_s))
             yield response
         finally:
             response.close()
             self.count(down=response.num_bytes_downloaded)
 
     # ------------------------------------------------------------------------------------------ persistence
+
+    def pause(self, failures: int, asked_s: float | None = None) -> None:
+        """Between attempts that `persist` does not count, after so many (0 first) that brought nothing."""
+        self._wait(self._retry.pause_s(failures, asked_s))
 
     def persist(self, what: str, attempt: Callable[[], Answer]) -> Answer:
         """Call `attempt` until it returns, a refusal comes that time does not heal, or patience ends."""
@@ -327,7 +293,7 @@ class Session:
 
     def _compare_clocks(self, response: httpx.Response, asked: datetime) -> None:
         """The Date header has whole seconds and was written between asking and now; warns once of a wrong clock."""
-        at, waited = _http_date(response.headers.get("date")), self._clock() - asked
+        at, waited = http_date(response.headers.get("date")), self._clock() - asked
         if at is None or abs(waited.total_seconds()) > CLOCK_ACCURACY_S:  # a long poll, say: written when?
             return
         halfway = asked + waited / 2
@@ -344,19 +310,6 @@ class Session:
             self._traffic = Traffic(self._traffic.up + up, self._traffic.down + down)
 
 
-def _read_whole(response: httpx.Response, longest_s: float) -> httpx.Response:
-    """The answer with its content; one that trickles in or never ends is given up, where httpx bounds single reads."""
-    ends, content = time.monotonic() + longest_s, bytearray()
-    for piece in response.iter_bytes():
-        content += piece
-        if len(content) > MAX_ANSWER_BYTES:
-            raise UnexpectedAnswer(f"{response.request.url.path} answers with more than {MAX_ANSWER_BYTES} bytes")
-        if time.monotonic() > ends:
-            raise httpx.ReadTimeout(f"the answer did not end within {longest_s:g} s", request=response.request)
-    headers = [each for each in response.headers.multi_items() if each[0] not in AS_SENT]
-    return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=response.request)
-
-
 def _headers(body: BaseModel | bytes | None, token: str, headers: Mapping[str, str] | None) -> dict[str, str]:
     sent = dict(headers or {})
     if (trace := current_header()) is not None:
@@ -368,42 +321,3 @@ def _headers(body: BaseModel | bytes | None, token: str, headers: Mapping[str, s
     if token:
         sent["Authorization"] = f"Bearer {token}"
     return sent
-
-
-def _problem(response: httpx.Response) -> CoordinatorProblem:
-    """The refusal behind an answer of 300 and above; one that is no problem document (a proxy's page) is quoted."""
-    try:
-        problem = Problem.model_validate_json(response.content)
-    except ValidationError:
-        target = response.headers.get("location")
-        quote = f"redirects to {target}: configure that address" if target else response.text[:MAX_DETAIL].strip()
-        problem = Problem(
-            type="about:blank",
-            title=response.reason_phrase,
-            status=response.status_code,
-            code=f"http.{response.status_code}",
-            detail=f"{response.request.method} {response.request.url} answered {response.status_code}: {quote}",
-        )
-    return CoordinatorProblem(problem, _retry_after_s(response))
-
-
-def _retry_after_s(response: httpx.Response) -> float | None:
-    value = response.headers.get("retry-after")
-    if value is None:
-        return None
-    if value.isdigit():
-        return float(value)
-    until, now = _http_date(value), _http_date(response.headers.get("date"))
-    if until is None:  # not a date: the header says nothing
-        return None
-    # Both by the coordinator's clock, whatever this machine's says.
-    return max(0.0, (until - (now or datetime.now(UTC))).total_seconds())
-
-
-def _http_date(value: str | None) -> datetime | None:
-    """None for what is no date with a time zone."""
-    try:
-        date = parsedate_to_datetime(value or "")
-    except ValueError:
-        return None
-    return date if date.tzinfo is not None else None

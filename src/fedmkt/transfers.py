@@ -12,9 +12,10 @@ from pathlib import Path
 
 import httpx
 
+from fedmkt.answers import CoordinatorProblem
 from fedmkt.errors import Refusal
 from fedmkt.protocol import CHUNK_BYTES
-from fedmkt.session import CoordinatorProblem, CoordinatorUnreachable, Session
+from fedmkt.session import CoordinatorUnreachable, Session
 
 FIRST_PART_BYTES = 1 << 18  # 40 seconds at 56 kbit/s, less than a request's timeout
 SMALLEST_PART_BYTES = 1 << 15

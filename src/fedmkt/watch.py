@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -11,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedmkt.calls import all_items
 from fedmkt.client import CoordinatorClient, CoordinatorUnreachable
 from fedmkt.protocol import Evaluations, FederationView, RoundView, SelectionReport
 
@@ -61,14 +63,9 @@ class Watcher:
         return self._last
 
     def _finished_rounds(self) -> tuple[RoundView, ...]:
-        found: list[RoundView] = []
-        cursor: str | None = None
-        while True:
-            page = self._client.rounds(self._federation_id, cursor)
-            found += [each for each in page.items if each.finished_at is not None]
-            cursor = page.next_cursor
-            if cursor is None:
-                return tuple(sorted(found, key=lambda each: each.number))
+        rounds = all_items(partial(self._client.rounds, self._federation_id))
+        finished = [each for each in rounds if each.finished_at is not None]
+        return tuple(sorted(finished, key=lambda each: each.number))
 
 
 def follow(

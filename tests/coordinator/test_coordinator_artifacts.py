@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from coordinator_world import PUBLIC_SET, World
+from coordinator_world import CARD, PUBLIC_SET, World
 from fedmkt.protocol import (
+    LlmRegistration,
     ModelCard,
     PublicSetReceipt,
     SiteModel,
@@ -45,6 +46,21 @@ async def test_a_range_is_answered_with_its_bytes(world: World, asked: str, star
     part = await world.send("GET", path, "worker", headers={"Range": asked})
     assert (part.status_code, part.content) == (206, DATA[start:stop])
     assert part.headers["content-range"] == f"bytes {start}-{stop - 1}/1280000"
+
+
+async def test_an_artifact_that_is_too_large_is_refused_with_its_first_part(world: World) -> None:
+    path, part = f"/v1/artifacts/{'0' * 64}", {"Content-Range": f"bytes 0-1279999/{2**32 + 1}"}
+    detail = await world.refused("artifact.too_large", "PUT", path, "worker", DATA, headers=part)
+    assert detail == "4294967297 bytes are announced, at most 4294967296 are accepted"
+
+
+async def test_an_artifact_too_large_for_a_vocabulary_is_refused_before_it_is_read(world: World) -> None:
+    await world.create()
+    digest = await world.store_artifact(bytes((64 << 20) + 1))
+    registration = LlmRegistration(vocabulary=digest, model=CARD)
+    path = f"/v1/federations/{world.federation_id}/llm"
+    detail = await world.refused("vocabulary.malformed", "PUT", path, "worker", registration)
+    assert detail == "the vocabulary has 67108865 bytes, at most 67108864 expected"
 
 
 @pytest.mark.parametrize("asked", ["bytes=1280000-", "bytes=-0", "bytes=5000000-6000000"])

@@ -257,6 +257,19 @@ async def test_a_million_refused_attempts_are_one_row_a_minute(store: Store) -> 
     ]
 
 
+async def test_refused_attempts_are_counted_on_while_the_database_is_away(store: Store) -> None:
+    def away() -> datetime:
+        raise ConnectionError("the database is away")
+
+    refusals = Refusals(lambda: 0.0)
+    refusals.note("token.invalid", Actor("anyone", "10.0.0.7"), "/v1/me")
+    with pytest.raises(ConnectionError):
+        await refusals.write(Store(store.engine, away))
+    refusals.note("token.invalid", Actor("anyone", "10.0.0.7"), "/v1/me")
+    await refusals.write(store)
+    assert [row.data["attempts"] for row in await rows_of(store)] == [2]
+
+
 # ------------------------------------------------------------------------------------------------ over HTTP
 
 

@@ -151,7 +151,7 @@ def addresses_in(source: str) -> set[str]:
 
 def test_the_client_has_every_call_of_the_api(tmp_path: Path) -> None:
     library = Path(fedmkt.client.__file__).parent
-    files = ("client", "session", "transfers", "event_stream")
+    files = ("client", "operator_calls", "site_calls", "session", "transfers", "event_stream")
     spelled = set().union(*(addresses_in((library / f"{each}.py").read_text()) for each in files))
     paths = {re.sub(r"\{\w+\}", "{}", path) for path in create_app(Settings(state_dir=tmp_path)).openapi()["paths"]}
     assert paths - spelled == NOT_THE_CLIENTS.keys()

@@ -220,6 +220,14 @@ def test_refusals_are_read_from_the_source(function: Any, codes: set[str]) -> No
     assert {each.refusal.code for each in raised_by(function)} == codes
 
 
+@pytest.mark.usefixtures("here_counts")
+def test_source_that_is_not_installed_is_no_description_without_problems(tmp_path: Path) -> None:
+    made: dict[str, Any] = {"__name__": __name__, "Plain": Plain}
+    exec(compile("def of_bytecode_alone():\n    raise Plain('unseen')\n", tmp_path / "gone.py", "exec"), made)
+    with pytest.raises(OSError, match="could not get source code"):
+        raised_by(made["of_bytecode_alone"])
+
+
 def test_the_message_keeps_its_words() -> None:
     assert raised_by(plain) == {Raised(Plain, "... are there, at most ... may be")}
     said = [each.message for each in raised_by(rounds.report) if each.refusal is rounds.ReportDiffers]

@@ -82,6 +82,29 @@ async def waits(world: World) -> list[str]:
     return [next(words for words in known if sentence.startswith(words)) for sentence in found]
 
 
+async def test_what_a_round_waits_for_is_found_out_once_for_all_sites_that_ask(world: World) -> None:
+    await world.create()
+    await world.request_rounds()
+    waits_for = world.context.waits_for
+
+    async def told() -> tuple[str, ...]:
+        async with world.context.store.read() as tx:
+            return await waits_for.of(tx, await tx.federation(world.federation_id))
+
+    first = await told()
+    assert [each.partition(":")[0] for each in first] == [
+        "the public set",
+        "an LLM server to register its model and vocabulary",
+        "sites",
+    ]
+    world.clock.move(5)
+    assert await told() is first
+    world.clock.move(0.1)
+    assert await told() is not first
+    await world.put_public_set()
+    assert len(await told()) == 2
+
+
 async def test_a_round_waits_a_while_for_the_others_once_a_quorum_is_ready(world: World) -> None:
     await world.create(config(schedule=Schedule(quorum=1, gather_timeout_s=20, collect_timeout_s=100)))
     await world.put_public_set()

@@ -1,5 +1,6 @@
 """The store's contract, continued: uploads, parts of a round, jobs, credentials, adapters, reading rights."""
 
+import asyncio
 from dataclasses import replace
 from datetime import timedelta
 
@@ -48,6 +49,37 @@ async def announced(tx: Transaction, row: RoundRow, site: str = "north", kind: U
 # ------------------------------------------------------------------------------------------------ uploads
 
 
+async def test_chunks_that_come_at_once_are_all_written(
+    store: Store, collecting: RoundRow, sites: list[SiteRow]
+) -> None:
+    north, south = sites
+    async with store.write() as tx:
+        first, other = await announced(tx, collecting), await announced(tx, collecting, "south")
+        await tx.move_upload(other, "abandoned")
+    adding = [store.chunks.add(first.id, north.id, number) for number in range(20)]
+    seen = await asyncio.gather(*adding, store.chunks.add(other.id, south.id, 0), store.chunks.add("none", north.id, 0))
+    assert seen[20:] == [None, None]  # they take no chunks, and are in nobody's way
+    assert all(there is not None and number in there for number, there in enumerate(seen[:20]))
+    async with store.read() as tx:
+        assert await tx.chunks(first.id) == set(range(20))
+        assert await tx.chunks(other.id) == set()
+    assert await store.chunks.add(first.id, north.id, 7) == set(range(20))  # a second time
+
+
+async def test_a_chunk_is_written_although_the_request_that_wrote_for_it_was_broken_off(
+    store: Store, collecting: RoundRow, sites: list[SiteRow]
+) -> None:
+    async with store.write() as tx:
+        upload = await announced(tx, collecting)
+    adding = [asyncio.create_task(store.chunks.add(upload.id, sites[0].id, number)) for number in range(3)]
+    await asyncio.sleep(0)  # the first has the turn and takes all three along
+    adding[0].cancel()
+    await asyncio.wait(adding)
+    assert {1, 2} <= (adding[1].result() or set()) | (adding[2].result() or set())
+    async with store.read() as tx:
+        assert {1, 2} <= await tx.chunks(upload.id)
+
+
 async def test_one_upload_of_a_kind_is_alive(store: Store, collecting: RoundRow) -> None:
     async with store.write() as tx:
         first = await announced(tx, collecting)
@@ -86,8 +118,8 @@ async def test_chunks_are_counted_once_and_forgotten_together(store: Store, coll
     async with store.write() as tx:
         upload, other = await announced(tx, collecting), await announced(tx, collecting, "south")
         for number in (2, 0, 2):
-            await tx.add_chunk(upload.id, number)
-        await tx.add_chunk(other.id, 1)
+            await tx.add_chunks([(upload.id, number)])
+        await tx.add_chunks([(other.id, 1)])
     async with store.write() as tx:
         assert await tx.chunks(upload.id) == {0, 2}
         await tx.forget_chunks(upload.id)
@@ -101,7 +133,7 @@ async def test_leftovers_are_settled_uploads_with_chunks_and_open_ones_of_rounds
     async with store.write() as tx:
         still_open, settled = await announced(tx, collecting), await announced(tx, collecting, "south")
         for upload in (still_open, settled):
-            await tx.add_chunk(upload.id, 0)
+            await tx.add_chunks([(upload.id, 0)])
         assert await tx.leftover_uploads(10) == []
         await tx.abandon_uploads(collecting.id, "south")
         assert [row.id for row in await tx.leftover_uploads(10)] == [settled.id]

@@ -286,6 +286,18 @@ async def test_days_of_failure_disable_a_webhook_with_an_event(hooked: World, re
     assert len(receiver.messages) == tries
 
 
+async def test_a_delivery_ends_the_failing_that_patience_counts(hooked: World, receiver: Receiver) -> None:
+    await make(hooked, receiver.url)
+    receiver.answers = [503, 204, 503]
+    await happen(hooked, 2)
+    await look(hooked)
+    hooked.clock.move(6 * 86400)  # longer than patience, and nobody tried meanwhile
+    await look(hooked)
+    view = await shown(hooked)
+    assert receiver.sequences == [3, 3, 4]
+    assert (view.state, view.failures, view.failing_since) == ("active", 1, hooked.clock.now)
+
+
 async def test_gone_disables_at_once(hooked: World, receiver: Receiver) -> None:
     await make(hooked, receiver.url)
     receiver.answers = [410]

@@ -56,7 +56,7 @@ async def polls(folder: Path, *, requests: int = 4000, connections: int = 32, tu
         path = f"/v1/federations/{federation.federation_id}"
         ours, theirs, waits = [], [], list[float]()
         for _ in range(turns):
-            theirs.append(await _rate(bare, "/status", "", BARE_ETAG, requests, connections, []))
+            theirs.append(await _rate(bare.url, "/status", "", BARE_ETAG, requests, connections, []))
             ours.append(await _polled(server.url, path, requests, connections, waits))
         await federation.close()
     best = max(mine / other for mine, other in zip(ours, theirs, strict=True))
@@ -114,6 +114,7 @@ async def ingest(folder: Path, *, uploads: int = UPLOADERS, mib: int = 8, turns:
     ):
         await server.started()
         ours, theirs, waits = [], [], list[float]()
+        our_cpu, their_cpu = [], list[float]()
         for turn in range(turns):
             names = [f"t{turn}s{number:03d}" for number in range(uploads)]
             config = homogeneous(names).model_copy(update={"name": f"ingest{turn}"})
@@ -122,8 +123,11 @@ async def ingest(folder: Path, *, uploads: int = UPLOADERS, mib: int = 8, turns:
             await federation.request_rounds(1)
             round_id = (await federation.task(federation.sites[0]))["round_id"]
             blobs = [os.urandom(mib * CHUNK_BYTES) for _ in names]
-            theirs.append(await _bare_uploads(bare, turn, blobs))
+            began = server.cpu_s, bare.cpu_s
+            theirs.append(await _bare_uploads(bare.url, turn, blobs))
             ours.append(await _uploads(federation, round_id, blobs, waits))
+            our_cpu.append(server.cpu_s - began[0])
+            their_cpu.append(bare.cpu_s - began[1])
             await federation.close()
         rss_bytes = server.rss_bytes
     amount = uploads * mib
@@ -135,6 +139,8 @@ async def ingest(folder: Path, *, uploads: int = UPLOADERS, mib: int = 8, turns:
         "bare_mib_per_s": round(amount / min(theirs), 1),
         "share_of_bare": round(percentile(shares, 0.5), 2),
         "best_share_of_bare": round(max(shares), 2),
+        "cpu_ms_per_mib": round(1e3 * min(our_cpu) / amount, 2),
+        "bare_cpu_ms_per_mib": round(1e3 * min(their_cpu) / amount, 2),
         "rss_mib": round(rss_bytes / 2**20),
         **{f"upload_{name}": value for name, value in milliseconds(waits).items()},
     }

@@ -96,7 +96,7 @@ def coordinator(state_dir: Path, **settings: object) -> Iterator["Coordinator"]:
             [sys.executable, "-m", "fedmkt_coordinator", "run"], stdout=log, stderr=log, env=environment
         )
     try:
-        yield Coordinator(f"http://127.0.0.1:{port}", state_dir, psutil.Process(process.pid), process)
+        yield Coordinator(f"http://127.0.0.1:{port}", psutil.Process(process.pid), state_dir, process)
     finally:
         process.terminate()
         try:
@@ -107,13 +107,13 @@ def coordinator(state_dir: Path, **settings: object) -> Iterator["Coordinator"]:
 
 
 @contextmanager
-def contender(*arguments: str) -> Iterator[str]:
-    """One of `load_contenders`, as a process of its own; yields its address."""
+def contender(*arguments: str) -> Iterator["Server"]:
+    """One of `load_contenders`, as a process of its own."""
     command = [sys.executable, str(LOAD_FOLDER / "load_contenders.py"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        yield Server(f"http://127.0.0.1:{int(process.stdout.readline())}", psutil.Process(process.pid))
     finally:
         process.terminate()
         process.wait()
@@ -121,10 +121,20 @@ def contender(*arguments: str) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Coordinator:
+class Server:
     url: str
-    state_dir: Path
     process: psutil.Process
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor time of all its threads, the kernel's for it included."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+
+@dataclass(frozen=True)
+class Coordinator(Server):
+    state_dir: Path
     child: subprocess.Popen[bytes]
 
     async def started(self) -> None:
@@ -142,11 +152,6 @@ class Coordinator:
     @property
     def rss_bytes(self) -> int:
         return int(self.process.memory_info().rss)
-
-    @property
-    def cpu_s(self) -> float:
-        times = self.process.cpu_times()
-        return float(times.user + times.system)
 
     @property
     def files(self) -> int:

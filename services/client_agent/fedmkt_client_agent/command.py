@@ -25,7 +25,10 @@ def agent(
     revision: Annotated[str | None, typer.Option(help="pinned commit of a hub id [FEDMKT_MODEL_REVISION]")] = None,
     private: Annotated[
         Path | None,
-        typer.Option(help="JSONL of {text}, {prompt, completion} or {messages} [FEDMKT_PRIVATE_FILE]"),
+        typer.Option(help="JSONL, CSV, Parquet, a folder of text files, or datasets:NAME [FEDMKT_PRIVATE_FILE]"),
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="e.g. prompt=question,completion=answer [FEDMKT_PRIVATE_COLUMNS]")
     ] = None,
     state_dir: Annotated[
         Path | None, typer.Option(help="key, progress and adapter [FEDMKT_STATE_DIR, fedmkt-agent]")
@@ -51,6 +54,7 @@ def agent(
         "model": model,
         "model_revision": revision,
         "private_file": private,
+        "private_columns": columns,
         "state_dir": state_dir,
         "device": device,
         "dtype": dtype,

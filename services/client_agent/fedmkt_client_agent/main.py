@@ -9,6 +9,7 @@ from fedmkt.client import CoordinatorClient, CoordinatorUnreachable, RetryPolicy
 from fedmkt.ml.models import LoadedModel, load_base
 from fedmkt.ml.party import Party
 from fedmkt.ml.process import prepare_process
+from fedmkt.private_formats import read_columns
 from fedmkt.private_set import read_private_set
 from fedmkt.protocol import SiteSelf
 from fedmkt.public_set import PublicSet
@@ -69,7 +70,10 @@ def prepare(stack: ExitStack, settings: Settings, store: AgentStore, status: Sta
     status.metrics.traffic = lambda: client.traffic
     me = patiently(client.me, status, stop)
     private = read_private_set(
-        settings.private_file, settings.private_holdout_share, me.config.public_set.chat_template
+        settings.private_file,
+        settings.private_holdout_share,
+        me.config.public_set.chat_template,
+        read_columns(settings.private_columns),
     )
     log.info("private.read", extra={"train": len(private.train), "holdout": len(private.holdout)})
     party = _party(loaded, store, state, me, settings.gradient_checkpointing)

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from fedmkt.private_formats import BadColumns, read_columns
 
 
 class Settings(BaseSettings):
@@ -22,8 +24,9 @@ class Settings(BaseSettings):
     torch_threads: int = Field(default=1, ge=0, description="CPU threads of torch; 0 leaves torch's own choice")
 
     private_file: Path = Field(
-        description="JSONL of {text}, {prompt, completion} or {messages}; never leaves this host"
+        description="JSONL, CSV, Parquet, a folder of text files, or datasets:NAME; stays on this host"
     )
+    private_columns: str = Field(default="", description="where names differ: prompt=question,completion=answer")
     private_holdout_share: float = Field(default=0.1, gt=0, le=0.5, description="kept from training, for the gate")
 
     state_dir: Path = Field(default=Path("fedmkt-agent"), description="key, progress, adapter and optimizer state")
@@ -34,6 +37,15 @@ class Settings(BaseSettings):
     otel: bool = Field(default=False, description="OpenTelemetry spans; OTEL_ variables say where to")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_style: Literal["json", "text"] = "json"
+
+    @field_validator("private_columns")
+    @classmethod
+    def _columns(cls, given: str) -> str:
+        try:
+            read_columns(given)
+        except BadColumns as error:
+            raise ValueError(error.detail) from None
+        return given
 
     @model_validator(mode="after")
     def _one_token(self) -> "Settings":

@@ -30,6 +30,7 @@ from fedmkt_coordinator.problems import install_problems
 from fedmkt_coordinator.public_sets import PublicSets
 from fedmkt_coordinator.queue import JobQueue, without_password
 from fedmkt_coordinator.rate_limits import Rates
+from fedmkt_coordinator.readiness import WaitsFor
 from fedmkt_coordinator.routes import methods_of, routers
 from fedmkt_coordinator.routes.conditional import Polls
 from fedmkt_coordinator.settings import Settings
@@ -141,6 +142,7 @@ async def _open(settings: Settings, clock: Clock, redis: EmbeddedRedis | None, s
         queue=queue,
         redis_url=redis_url,
         wakeups=Wakeups(settings.poll_recheck_s),
+        waits_for=WaitsFor(),
         key=await CoordinatorKey.load(store),
         clock=clock,
         checking=asyncio.Semaphore(settings.check_threads),

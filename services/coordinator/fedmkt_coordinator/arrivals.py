@@ -8,9 +8,9 @@ sender never comes back. Nothing of it is believed: the whole is checked against
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import obstore
 from obstore.store import ObjectStore
@@ -77,12 +77,21 @@ def read_range(header: str) -> Span:
     return span
 
 
-@dataclass(frozen=True, slots=True)
+Pieces = Sequence[bytes]  # bytes as they came, one after the other: hashed and written so, and never copied together
+
+
+@dataclass(slots=True)
 class _Coming:
-    """One request's bytes, while it goes on."""
+    """One request's bytes, while it goes on. `heard_at` is the loop's time when some came last."""
 
     span: Span
-    data: bytearray
+    heard_at: float
+    pieces: list[bytes] = field(default_factory=list)
+    size_bytes: int = 0
+
+    @property
+    def data(self) -> bytes:
+        return b"".join(self.pieces)
 
 
 class Arrivals:
@@ -103,38 +112,50 @@ class Arrivals:
             spans.setdefault(name, []).append(_span(span))
         return {name: contiguous(each) for name, each in spans.items()}
 
-    async def receive(self, key: str, span: Span, request: Request) -> bytes:
+    async def receive(self, key: str, span: Span, request: Request) -> Pieces:
         """The bytes of the span. Whatever breaks the reading, those that came are kept; LineBroke if the line did."""
-        coming = _Coming(span, bytearray())
+        coming = _Coming(span, asyncio.get_running_loop().time())
         self._coming.setdefault(key, []).append(coming)
+        listening = asyncio.create_task(self._keep_when_silent(key, coming))
         try:
-            async for piece in _pieces(request):
-                coming.data.extend(piece)
-                if not piece:
-                    await self.keep(key, span, bytes(coming.data))
+            await _read(request, coming)
             return _checked(coming)
         except ClientDisconnect as error:
-            await self.keep(key, span, bytes(coming.data))
+            await self.keep(key, span, coming.data)
             raise LineBroke(
-                f"{len(coming.data)} of {span.stop - span.start} bytes came; ask how many are there with "
+                f"{coming.size_bytes} of {span.stop - span.start} bytes came; ask how many are there with "
                 f"'Content-Range: bytes */{span.total}', and go on from that one"
             ) from error
         except Refusal:
             raise
         except Exception:  # raised by what bounds the reading
-            await self.keep(key, span, bytes(coming.data))
+            await self.keep(key, span, coming.data)
             raise
         finally:
             self._coming[key].remove(coming)
             if not self._coming[key]:
                 del self._coming[key]
+            if not listening.cancel():
+                await listening  # it ends by itself only where the store fails: raises what that raised
+
+    async def _keep_when_silent(self, key: str, coming: _Coming) -> None:
+        """A task of its own, one a request: the waiting for the next bytes is never broken off.
+
+        Whatever bounds that waiting (`limits.Gate`) counts on one long wait.
+        """
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(coming.heard_at + IDLE_S - clock())
+            if clock() - coming.heard_at >= IDLE_S:
+                await self.keep(key, coming.span, coming.data)
+                coming.heard_at = clock()
 
     async def settle(self, prefix: str) -> None:
         """Keep what requests of this process are just receiving: who asks, or sends anew, has given up on them."""
         for key, receiving in list(self._coming.items()):
             if key == prefix or key.startswith(f"{prefix}/"):
                 for coming in list(receiving):
-                    await self.keep(key, coming.span, bytes(coming.data))
+                    await self.keep(key, coming.span, coming.data)
 
     async def keep(self, key: str, span: Span, data: bytes) -> None:
         """Keep what goes beyond the bytes that are there; what would leave a gap is not kept."""
@@ -237,34 +258,24 @@ def _span(name: str) -> tuple[int, int]:
     return int(start), int(stop)
 
 
-def _checked(coming: _Coming) -> bytes:
+def _checked(coming: _Coming) -> Pieces:
     """As many bytes as the request announced; without a Content-Range it announced none."""
     expected = coming.span.stop - coming.span.start
-    if coming.span.declared and len(coming.data) != expected:
-        raise BadContentRange(f"{len(coming.data)} bytes came, {expected} were announced")
-    return bytes(coming.data)
+    if coming.span.declared and coming.size_bytes != expected:
+        raise BadContentRange(f"{coming.size_bytes} bytes came, {expected} were announced")
+    return coming.pieces
 
 
-async def _pieces(request: Request) -> AsyncIterator[bytes]:
-    """The body as it comes; b"" whenever nothing has come for IDLE_S.
-
-    The waiting itself is never broken off: whatever bounds it (`limits.Gate`) counts on one long wait.
-    """
-    waiting: asyncio.Future[Message] | None = None
-    try:
-        while True:
-            waiting = waiting or asyncio.ensure_future(request.receive())
-            done, _ = await asyncio.wait({waiting}, timeout=IDLE_S)
-            if not done:
-                yield b""
-                continue
-            message, waiting = waiting.result(), None
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            if message.get("body"):
-                yield message["body"]
-            if not message.get("more_body"):
-                return
-    finally:
-        if waiting is not None:
-            waiting.cancel()
+async def _read(request: Request, into: _Coming) -> None:
+    """The body as it comes. Raises ClientDisconnect."""
+    clock = asyncio.get_running_loop().time
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        into.heard_at = clock()
+        if piece := message.get("body", b""):
+            into.pieces.append(piece)
+            into.size_bytes += len(piece)
+        if not message.get("more_body"):
+            return

@@ -9,7 +9,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -22,9 +22,10 @@ from starlette.requests import Request
 from fedmkt import fault_points
 from fedmkt.errors import Refusal
 from fedmkt.protocol import CHUNK_BYTES, ArtifactReceipt
-from fedmkt_coordinator.arrivals import Arrivals, read_range
+from fedmkt_coordinator.arrivals import Arrivals, Pieces, read_range
 
 READ_BYTES = 1 << 20  # one piece of a stream
+MAX_ARTIFACT_BYTES = 4 << 30
 MAX_PART_BYTES = 8 << 20  # of an artifact that comes in parts: held in memory
 
 ARTIFACTS = "artifacts"  # artifacts/<first two digits>/<digest>
@@ -41,6 +42,12 @@ class ArtifactUnknown(Refusal):
 class ArtifactDigest(Refusal):
     code = "artifact.digest"
     title = "The bytes are not those that the digest names"
+
+
+class ArtifactTooLarge(Refusal):
+    status = 413
+    code = "artifact.too_large"
+    title = "The artifact is too large"
 
 
 class PartTooLarge(Refusal):
@@ -72,7 +79,7 @@ class ArtifactStore:
     # -------------------------------------------------------------------------------------------- artifacts
 
     async def put(self, data: bytes) -> str:
-        digest = hashlib.sha256(data).hexdigest()
+        digest = (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
         if self._disk is None:
             await obstore.put_async(self._store, _path(digest), data)
         else:
@@ -100,12 +107,14 @@ class ArtifactStore:
         key = f"parts/{digest}"
         if await self._exists(digest):
             return ArtifactReceipt(digest=digest, size_bytes=span.total, arrived_bytes=span.total)
+        if span.total > MAX_ARTIFACT_BYTES:
+            raise ArtifactTooLarge(f"{span.total} bytes are announced, at most {MAX_ARTIFACT_BYTES} are accepted")
         if span.stop - span.start > MAX_PART_BYTES:
             raise PartTooLarge(
                 f"{span.stop - span.start} bytes in one part, at most {MAX_PART_BYTES}; send smaller ones"
             )
         if span.stop > span.start:
-            await self.arrivals.keep(key, span, await self.arrivals.receive(key, span, request))
+            await self.arrivals.keep(key, span, b"".join(await self.arrivals.receive(key, span, request)))
         await self.arrivals.settle(key)
         arrived = await self.arrivals.there(key)
         if arrived == span.total:
@@ -153,11 +162,19 @@ class ArtifactStore:
 
     # -------------------------------------------------------------------------------------------- chunks of uploads
 
-    async def put_chunk(self, upload_id: str, number: int, data: bytes) -> None:
+    async def put_chunk(self, upload_id: str, number: int, data: Pieces, check: Callable[[Pieces], None]) -> None:
+        """Keep the chunk if `check` lets it pass; that hashes, and runs in the thread that writes."""
         if self._disk is None:
-            await obstore.put_async(self._store, _chunk(upload_id, number), data)
-        else:
-            await asyncio.to_thread(self._disk.write_at, _whole(upload_id), number * CHUNK_BYTES, data)
+            await asyncio.to_thread(check, data)
+            await obstore.put_async(self._store, _chunk(upload_id, number), b"".join(data))
+            return
+        disk, path = self._disk, _whole(upload_id)
+
+        def keep() -> None:
+            check(data)
+            disk.write_at(path, number * CHUNK_BYTES, data)
+
+        await asyncio.to_thread(keep)
 
     async def keep_upload(self, upload_id: str, digest: str, blob: bytes) -> None:
         """Make the assembled upload the artifact of that digest, which it has. On a disk its bytes lie there."""
@@ -207,18 +224,25 @@ class _Disk:
         self._root = root
         self._kept: set[Path] = set()  # folders whose own names are safe
 
-    def write_at(self, path: str, offset: int, data: bytes) -> None:
+    def write_at(self, path: str, offset: int, data: Pieces) -> None:
         """All chunks of an upload go into one file, each in its place: what is complete need not be written again."""
-        target = self._root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(target, os.O_WRONLY | os.O_CREAT, 0o600)
+        handle = self._open(self._root / path)
         try:
-            left = memoryview(data)
-            while left:
-                written = os.pwrite(handle, left, offset)
-                left, offset = left[written:], offset + written
+            for piece in data:
+                left = memoryview(piece)
+                while left:
+                    written = os.pwrite(handle, left, offset)
+                    left, offset = left[written:], offset + written
         finally:
             os.close(handle)
+
+    def _open(self, target: Path) -> int:
+        flags = os.O_WRONLY | os.O_CREAT
+        try:
+            return os.open(target, flags, 0o600)
+        except FileNotFoundError:  # the upload's first chunk
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(target, flags, 0o600)
 
     def read(self, path: str) -> bytes:
         return (self._root / path).read_bytes()

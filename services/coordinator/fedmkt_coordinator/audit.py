@@ -5,7 +5,7 @@ counts since its last look.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedmkt_coordinator.store import Store
 from fedmkt_coordinator.store.audit import Actor
@@ -30,7 +30,7 @@ ATTEMPTS = frozenset(
 )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Count:
     attempts: int
     latest: Actor
@@ -55,9 +55,13 @@ class Refusals:
         due = [code for code in self._counts if now - self._written_at.get(code, float("-inf")) >= WRITE_EVERY_S]
         if not due:
             return
-        counts = {code: self._counts.pop(code) for code in due}
+        counts = {code: self._counts[code] for code in due}
         async with store.write() as tx:
             for code, count in sorted(counts.items()):
                 data: EventData = {"attempts": count.attempts, "latest_path": count.path}
                 tx.audit("access.refused", code, data, actor=count.latest)
-        self._written_at.update(dict.fromkeys(due, now))
+        for code, written in counts.items():
+            self._written_at[code] = now
+            latest = self._counts.pop(code)
+            if latest is not written:  # more came while it was written
+                self._counts[code] = replace(latest, attempts=latest.attempts - written.attempts)

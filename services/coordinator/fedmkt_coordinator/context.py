@@ -16,6 +16,7 @@ from fedmkt_coordinator.outbound import Outbound
 from fedmkt_coordinator.public_sets import PublicSets
 from fedmkt_coordinator.queue import JobQueue
 from fedmkt_coordinator.rate_limits import Rates
+from fedmkt_coordinator.readiness import WaitsFor
 from fedmkt_coordinator.settings import Settings
 from fedmkt_coordinator.store import Clock, Store
 from fedmkt_coordinator.uploads import Desk
@@ -31,6 +32,7 @@ class Context:
     queue: JobQueue
     redis_url: str
     wakeups: Wakeups
+    waits_for: WaitsFor
     key: CoordinatorKey
     clock: Clock
     checking: asyncio.Semaphore
@@ -57,4 +59,8 @@ def context_of(request: Request) -> Context:
     return found
 
 
-Ctx = Annotated[Context, Depends(context_of)]
+async def _handed_out(request: Request) -> Context:  # the framework calls what is no coroutine in a thread
+    return context_of(request)
+
+
+Ctx = Annotated[Context, Depends(_handed_out)]

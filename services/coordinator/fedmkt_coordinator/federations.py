@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 from fedmkt.errors import Refusal
 from fedmkt.protocol import (
+    MAX_VOCABULARY_BYTES,
     FederationConfig,
     LlmRegistration,
     PublicSetReceipt,
     SiteModel,
     VocabularyReceipt,
 )
-from fedmkt.vocabulary import Vocabulary
+from fedmkt.vocabulary import MalformedVocabulary, Vocabulary
 from fedmkt_coordinator import rounds
 from fedmkt_coordinator.artifacts import ArtifactStore
 from fedmkt_coordinator.public_sets import PublicSets
@@ -69,7 +70,7 @@ async def put_public_set(
     async with store.read() as tx:
         config = (await tx.federation(federation_id)).config
     public_set = await public_sets.parse(source, config)
-    digest = await artifacts.put(public_set.to_jsonl())
+    digest = await artifacts.put(await asyncio.to_thread(public_set.to_jsonl))
     async with store.write() as tx:
         federation = await tx.federation(federation_id, lock=True)
         if federation.public_set != digest:
@@ -89,6 +90,9 @@ async def register_llm(
     store: Store, artifacts: ArtifactStore, federation_id: str, registration: LlmRegistration
 ) -> None:
     """The LLM of the federation. Once a round has begun, its vocabulary and model stay."""
+    size = await artifacts.size(registration.vocabulary)
+    if size > MAX_VOCABULARY_BYTES:  # as a site's is refused before it is read
+        raise MalformedVocabulary(f"the vocabulary has {size} bytes, at most {MAX_VOCABULARY_BYTES} expected")
     facts = await read_vocabulary(await artifacts.get(registration.vocabulary))
     model = registration.model
     async with store.write() as tx:

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmkt.protocol import CHUNK_BYTES, MAX_VOCABULARY_BYTES
+from fedmkt_coordinator.artifacts import MAX_ARTIFACT_BYTES
 from fedmkt_coordinator.problems import problem_response
 from fedmkt_coordinator.store.audit import SYSTEM, acting
 
@@ -24,7 +25,7 @@ LIMITS: Sequence[tuple[str, re.Pattern[str], int]] = (
     ("PUT", re.compile(r"^/v1/uploads/[^/]+/chunks/[^/]+$"), CHUNK_BYTES + 4096),
     ("PUT", re.compile(r"^/v1/me/vocabulary$"), MAX_VOCABULARY_BYTES),
     ("PUT", re.compile(r"^/v1/federations/[^/]+/public-set$"), 256 * MIB),
-    ("PUT", re.compile(r"^/v1/artifacts/[^/]+$"), 4096 * MIB),
+    ("PUT", re.compile(r"^/v1/artifacts/[^/]+$"), MAX_ARTIFACT_BYTES),
     ("POST", re.compile(r"^/v1/jobs/[^/]+/complete$"), 16 * MIB),  # reports on up to 10,000 sites
 )
 

@@ -1,5 +1,6 @@
 """Which sites could take part in a round now, which vocabulary maps that needs, and what is still missing."""
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -10,6 +11,7 @@ from fedmkt_coordinator.store import Transaction
 from fedmkt_coordinator.store.records import FederationRow, MapRow, SiteRow
 
 MAX_NAMED = 20  # sites listed in one sentence
+TOLD_AGAIN = timedelta(seconds=5)  # no event of its own tells a federation that a map it shares was built
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,22 @@ async def readiness(tx: Transaction, federation: FederationRow) -> Readiness:
     ready = tuple(site for site in active.values() if site.ready and _complete(maps.get(site.name)))
     missing = (*_missing(federation, active, maps, ready), *_gathering(federation, active, maps, ready, tx.now))
     return Readiness(ready, maps, missing)
+
+
+class WaitsFor:
+    """What each federation's next round waits for, as its sites are told: found out once, not once a site that asks."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, tuple[int, datetime, tuple[str, ...]]] = {}  # federation id: events, when, what
+        self._looking = asyncio.Lock()
+
+    async def of(self, tx: Transaction, federation: FederationRow) -> tuple[str, ...]:
+        async with self._looking:  # a thousand sites that ask at once wait for one look
+            events, at, told = self._told.get(federation.id, (-1, tx.now, ()))
+            if events < federation.events or abs(tx.now - at) > TOLD_AGAIN:
+                told = (await readiness(tx, federation)).waits_for
+                self._told[federation.id] = federation.events, tx.now, told
+            return told
 
 
 def _complete(maps: SiteMaps | None) -> bool:
@@ -146,10 +164,9 @@ async def order_maps(tx: Transaction, federation: FederationRow, *, again: bool 
     llm = federation.llm_vocabulary
     if llm is None:
         return
-    own = {site.vocabulary for site in await tx.sites(federation.id) if site.revoked_at is None and site.vocabulary}
     wanted = {
         (*pair, method)
-        for vocabulary in own
+        for vocabulary in await tx.site_vocabularies(federation.id)
         for pair in ((vocabulary, llm), (llm, vocabulary))
         for method in (federation.config.distillation.map_method,)
     }

@@ -9,6 +9,7 @@ import ast
 import builtins
 import inspect
 import textwrap
+import threading
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,8 +35,12 @@ class Raised:
 
 
 def raised_by(function: Callable[..., Any]) -> frozenset[Raised]:
-    """Everything that `function` and all it calls can raise and nobody catches on the way."""
-    return _walk(inspect.unwrap(getattr(function, "__func__", function)))
+    """Everything that `function` and all it calls can raise and nobody catches on the way.
+
+    Raises OSError where the source is not installed, as in a distribution of bytecode alone.
+    """
+    with _walking:  # a walk in another thread would take what is not finished for the whole
+        return _walk(inspect.unwrap(getattr(function, "__func__", function)))
 
 
 @dataclass(frozen=True)
@@ -46,16 +51,16 @@ class _Instance:
 
 
 _known: dict[Any, frozenset[Raised]] = {}
+_walking = threading.Lock()
 
 
 def _walk(function: Any) -> frozenset[Raised]:
     if function in _known:
         return _known[function]
     _known[function] = frozenset()  # for a function that comes back to itself
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError, TypeError):  # made by a library (a dataclass's __init__): nothing of ours in it
-        return frozenset()
+    if not isinstance(function, FunctionType) or function.__code__.co_filename.startswith("<"):
+        return frozenset()  # a library's, or made by one (a dataclass's __init__): nothing of ours in it
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     _known[function] = frozenset(_Body(function, tree).of(tree))
     return _known[function]
 

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 
 from fedmkt.protocol import Apply, Task, TrainAndUpload, Wait
 from fedmkt_coordinator.enrolment import check_active
-from fedmkt_coordinator.readiness import MAX_NAMED, maps_of, named, readiness
+from fedmkt_coordinator.readiness import MAX_NAMED, WaitsFor, maps_of, named
 from fedmkt_coordinator.rounds import may_apply
 from fedmkt_coordinator.store import Store, Transaction
 from fedmkt_coordinator.store.records import FederationRow, RoundRow, RoundSiteRow, SiteRow
@@ -16,7 +16,7 @@ ASK_AGAIN_S = 2.0
 MAX_REASON = 500
 
 
-async def next_task(store: Store, wakeups: Wakeups, site: SiteRow, wait_s: float) -> Task:
+async def next_task(store: Store, wakeups: Wakeups, waits_for: WaitsFor, site: SiteRow, wait_s: float) -> Task:
     """The site's task; an answer 'wait' is held back until it changes or `wait_s` have passed."""
     clock = asyncio.get_running_loop().time
     ends = clock() + wait_s
@@ -24,18 +24,18 @@ async def next_task(store: Store, wakeups: Wakeups, site: SiteRow, wait_s: float
     while True:
         bell = wakeups.bell(site.federation_id, "tasks")
         async with store.read() as tx:
-            task = await current_task(tx, check_active(await tx.site(site.id)))
+            task = await current_task(tx, waits_for, check_active(await tx.site(site.id)))
         left_s = ends - clock()
         if not isinstance(task, Wait) or left_s <= 0 or wakeups.stopping:
             return task
         await wakeups.wait(bell, left_s)
 
 
-async def current_task(tx: Transaction, site: SiteRow) -> Task:
+async def current_task(tx: Transaction, waits_for: WaitsFor, site: SiteRow) -> Task:
     federation = await tx.federation(site.federation_id)
     row = await tx.active_round(federation.id)
     if row is None:
-        return await _between_rounds(tx, federation, site)
+        return await _between_rounds(tx, waits_for, federation, site)
     part = await tx.part(row.id, site.name)
     match row.state:
         case "collecting":
@@ -46,7 +46,7 @@ async def current_task(tx: Transaction, site: SiteRow) -> Task:
             return await _while_applying(tx, federation, row, site, part)
 
 
-async def _between_rounds(tx: Transaction, federation: FederationRow, site: SiteRow) -> Task:
+async def _between_rounds(tx: Transaction, waits_for: WaitsFor, federation: FederationRow, site: SiteRow) -> Task:
     begun = await tx.rounds_begun(federation.id)
     if site.vocabulary is None or site.model is None:
         lacking = (
@@ -59,8 +59,8 @@ async def _between_rounds(tx: Transaction, federation: FederationRow, site: Site
     if federation.rounds_requested <= begun:
         due = f"no round is due: {begun} of {federation.rounds_requested} have begun"
         return _until_scheduled(tx.now, federation, begun) or _wait(tx.now, None, due)
-    waits_for = (await readiness(tx, federation)).waits_for
-    return _wait(tx.now, None, f"round {begun + 1} waits for {'; '.join(waits_for) or 'its turn'}")
+    missing = "; ".join(await waits_for.of(tx, federation))
+    return _wait(tx.now, None, f"round {begun + 1} waits for {missing or 'its turn'}")
 
 
 async def _while_collecting(

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.requests import Request
 
@@ -11,7 +12,7 @@ from fedmkt import fault_points
 from fedmkt.errors import Refusal
 from fedmkt.protocol import CHUNK_BYTES, Manifest, UploadState
 from fedmkt.signing import verify_manifest
-from fedmkt_coordinator.arrivals import Span, read_span
+from fedmkt_coordinator.arrivals import Pieces, Span, read_span
 from fedmkt_coordinator.artifacts import ArtifactStore
 from fedmkt_coordinator.enrolment import check_active
 from fedmkt_coordinator.keys import CoordinatorKey
@@ -19,8 +20,7 @@ from fedmkt_coordinator.public_sets import PublicSets
 from fedmkt_coordinator.readiness import named
 from fedmkt_coordinator.schedule import next_opening
 from fedmkt_coordinator.store import Store, Transaction
-from fedmkt_coordinator.store.records import RoundRow, SiteRow, UploadRow
-from fedmkt_coordinator.store.rounds import RoundUnknown
+from fedmkt_coordinator.store.records import FederationRow, RoundRow, SiteRow, UploadRow
 from fedmkt_coordinator.store.uploads import UploadUnknown
 
 
@@ -98,30 +98,41 @@ async def announce(desk: Desk, site: SiteRow, manifest: Manifest) -> UploadState
     async with desk.store.write() as tx:
         federation = await tx.federation(site.federation_id, lock=True)
         check_active(await tx.site(site.id))
-        row = await _round_of(tx, site, manifest.round_id)
+        row = await tx.round(manifest.round_id, of=federation.id)
         known = await tx.live_upload(row.id, site.name, manifest.kind)
         if known is not None:
             _check_same(known, manifest, row)
-            return await _with_parts(desk, await state_of(tx, known))
-        await _check_open(tx, row, site)
-        if manifest.kind == "adapter" and not federation.config.average_adapters:
-            raise KindNotWanted("average_adapters is off in this federation: adapters stay at their sites")
-        upload = await tx.add_upload(federation.id, site.name, manifest)
-        await tx.append(federation.id, "upload.announced", round_id=row.id, site=site.name, bytes=manifest.size_bytes)
-        return await state_of(tx, upload)
+            now = await state_of(tx, known)
+        else:
+            now = await _begun(tx, federation, row, site, manifest)
+    return now if known is None else await _with_parts(desk, now)
+
+
+async def _begun(
+    tx: Transaction, federation: FederationRow, row: RoundRow, site: SiteRow, manifest: Manifest
+) -> UploadState:
+    await _check_open(tx, row, site)
+    if manifest.kind == "adapter" and not federation.config.average_adapters:
+        raise KindNotWanted("average_adapters is off in this federation: adapters stay at their sites")
+    upload = await tx.add_upload(federation.id, site.name, manifest)
+    await tx.append(federation.id, "upload.announced", round_id=row.id, site=site.name, bytes=manifest.size_bytes)
+    return await state_of(tx, upload)
 
 
 async def put_chunk(
     desk: Desk, site: SiteRow, upload_id: str, number: int, content_range: str | None, request: Request
 ) -> UploadState:
     """Keep one chunk, or some bytes of it; in any order, any number of times."""
-    async with desk.store.read() as tx:
-        upload = await own_upload(tx, site, upload_id)
-        if not 0 <= number < len(upload.manifest.chunks):
-            raise NoSuchChunk(f"chunk {number} of {len(upload.manifest.chunks)}; they are counted from 0")
-        if upload.state == "accepted":
-            return await state_of(tx, upload)
-        await still_open(tx, upload)
+    upload = desk.store.chunks.known(upload_id, site) if content_range is None else None
+    if upload is None:
+        async with desk.store.read() as tx:
+            upload = await own_upload(tx, site, upload_id)
+            _check_number(upload, number)
+            if upload.state == "accepted":
+                return await state_of(tx, upload)
+            await still_open(tx, upload)
+        desk.store.chunks.remember(upload)
+    _check_number(upload, number)
     span = read_span(content_range, chunk_size(upload.manifest, number))
     if span.start == span.stop:
         return await state(desk, site, upload_id)
@@ -132,41 +143,48 @@ async def put_chunk(
     return await _keep_chunk(desk, site, upload, number, chunk)
 
 
-async def _whole_chunk(desk: Desk, upload: UploadRow, number: int, span: Span, arrived: bytes) -> bytes | None:
-    """The chunk with the bytes that came before; None while some are missing. Raises ChunkDiffers, and forgets them."""
+def _check_number(upload: UploadRow, number: int) -> None:
+    if not 0 <= number < len(upload.manifest.chunks):
+        raise NoSuchChunk(f"chunk {number} of {len(upload.manifest.chunks)}; they are counted from 0")
+
+
+async def _whole_chunk(desk: Desk, upload: UploadRow, number: int, span: Span, arrived: Pieces) -> Pieces | None:
+    """The chunk with the bytes that came before, which are forgotten; None while some are missing."""
     arrivals, key = desk.artifacts.arrivals, chunk_key(upload.id, number)
     if span.whole:
-        await asyncio.to_thread(_check_chunk, upload.manifest, number, arrived)
         return arrived
-    await arrivals.keep(key, span, arrived)
+    await arrivals.keep(key, span, b"".join(arrived))
     if await arrivals.there(key) < span.total:
         return None
-    chunk = b"".join([piece async for piece in arrivals.stream(key, span.total)])
+    chunk = [piece async for piece in arrivals.stream(key, span.total)]
     await arrivals.drop(key)
-    await asyncio.to_thread(_check_chunk, upload.manifest, number, chunk)
     return chunk
 
 
-async def _keep_chunk(desk: Desk, site: SiteRow, upload: UploadRow, number: int, data: bytes) -> UploadState:
-    """First the bytes, then the row that says they are there; bytes that nobody wants any more go again."""
-    upload_id = upload.id
-    await desk.artifacts.put_chunk(upload_id, number, data)
+async def _keep_chunk(desk: Desk, site: SiteRow, upload: UploadRow, number: int, data: Pieces) -> UploadState:
+    """First the bytes, then the row that says they are there."""
+    await desk.artifacts.put_chunk(upload.id, number, data, partial(_check_chunk, upload.manifest, number))
     fault_points.reach("upload.chunk.uncommitted")
+    there = await desk.store.chunks.add(upload.id, site.id, number)
+    if there is None:
+        return await _not_taken(desk, site, upload.id)
+    fault_points.reach("upload.chunk.committed")
+    return UploadState(upload_id=upload.id, missing=missing_chunks(upload, there), complete=False)
+
+
+async def _not_taken(desk: Desk, site: SiteRow, upload_id: str) -> UploadState:
+    """A chunk has come that nobody wants any more: its bytes go again. Raises what is the matter."""
     try:
-        async with desk.store.write(unsynced=True) as tx:  # a chunk that a power cut takes is sent again
-            if not await tx.takes_chunks(upload_id, site.id):
-                upload = await own_upload(tx, site, upload_id)
-                if upload.state != "accepted":  # by another request with the same bytes
-                    await still_open(tx, upload)
-            if upload.state != "accepted":
-                await tx.add_chunk(upload_id, number)
+        async with desk.store.read() as tx:
+            upload = await own_upload(tx, site, upload_id)
+            if upload.state != "accepted":  # by another request with the same bytes
+                await still_open(tx, upload)
             now = await state_of(tx, upload)
     except Refusal:
         await drop_chunks(desk, upload_id)
         raise
     if now.complete:
         await drop_chunks(desk, upload_id)
-    fault_points.reach("upload.chunk.committed")
     return now
 
 
@@ -250,13 +268,6 @@ async def still_open(tx: Transaction, upload: UploadRow) -> RoundRow:
     return row
 
 
-async def _round_of(tx: Transaction, site: SiteRow, round_id: str) -> RoundRow:
-    row = await tx.round(round_id)
-    if row.federation_id != site.federation_id:
-        raise RoundUnknown(f"there is no round {round_id} in this site's federation")
-    return row
-
-
 async def _check_open(tx: Transaction, row: RoundRow, site: SiteRow) -> None:
     await _check_collecting(tx, row)
     part = await tx.part(row.id, site.name)
@@ -300,12 +311,15 @@ def chunk_size(manifest: Manifest, number: int) -> int:
     return min(CHUNK_BYTES, manifest.size_bytes - number * CHUNK_BYTES)
 
 
-def _check_chunk(manifest: Manifest, number: int, data: bytes) -> None:
-    found = hashlib.sha256(data).hexdigest()
+def _check_chunk(manifest: Manifest, number: int, data: Pieces) -> None:
+    digest = hashlib.sha256()
+    for piece in data:
+        digest.update(piece)
+    found = digest.hexdigest()
     if found != manifest.chunks[number]:
         raise ChunkDiffers(
-            f"chunk {number} came as {len(data)} bytes with SHA-256 {found}, {manifest.chunks[number]} was announced "
-            f"({CHUNK_BYTES} bytes, the last one fewer); send it again"
+            f"chunk {number} came as {sum(map(len, data))} bytes with SHA-256 {found}, {manifest.chunks[number]} "
+            f"was announced ({CHUNK_BYTES} bytes, the last one fewer); send it again"
         )
 
 

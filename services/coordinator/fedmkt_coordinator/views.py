@@ -19,7 +19,7 @@ from fedmkt.protocol import (
 )
 from fedmkt_coordinator.readiness import readiness
 from fedmkt_coordinator.rounds import awaited_appliers
-from fedmkt_coordinator.store import Transaction
+from fedmkt_coordinator.store import Store, Transaction
 from fedmkt_coordinator.store.records import (
     AdapterRow,
     EventRow,
@@ -30,6 +30,12 @@ from fedmkt_coordinator.store.records import (
     SiteRow,
     WebhookRow,
 )
+
+
+async def present_federation(store: Store, federation_id: str) -> FederationView:
+    """As it is now, for the answer to a request that has changed it."""
+    async with store.read() as tx:
+        return await federation_view(tx, await tx.federation(federation_id))
 
 
 async def federation_view(tx: Transaction, federation: FederationRow) -> FederationView:

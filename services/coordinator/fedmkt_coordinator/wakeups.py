@@ -18,7 +18,7 @@ Hears = Literal["events", "tasks"]  # whoever follows what happens, or whoever o
 # What happens once a site and round and gives nobody a new task: a thousand sites that wait need not look each time.
 NO_NEW_TASK = frozenset(
     {"upload.announced", "upload.abandoned", "upload.refused", "knowledge.accepted", "adapter.accepted", "site.applied"}
-    | {"llm.progress", "site.invited", "site.enrolled"}
+    | {"llm.progress", "site.invited", "site.enrolled", "site.vocabulary", "site.model"}
 )
 
 

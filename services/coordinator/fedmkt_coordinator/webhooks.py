@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 import httpx
@@ -234,6 +234,9 @@ class Deliverer:
             if self._stopping.is_set() or not await self._deliver_one(row, claim, event):
                 passed_over = row.delivered
                 break
+            row = replace(
+                row, delivered=event.sequence, failures=0, failing_since=None
+            )  # whatever failed before is over
         async with self._store.write() as tx:
             await tx.release_webhook(row.id, claim, passed_over if passed_over > row.delivered else None)
 

@@ -10,8 +10,9 @@ from fedmkt.errors import Refusal
 from fedmkt.knowledge import Knowledge, encode
 from fedmkt.knowledge_cut import shared_knowledge
 from fedmkt.lesson import Lesson, Teacher, TeacherSource, prepare_lesson
-from fedmkt.ml.adapters import average_adapters
+from fedmkt.ml.adapters import average_adapters, with_card
 from fedmkt.ml.checkpoints import Checkpoints
+from fedmkt.ml.model_card import adapter_card
 from fedmkt.ml.party import Party
 from fedmkt.ml.phases import (
     Clock,
@@ -203,7 +204,9 @@ def _publish(
             training=None,
             refused_sites=left_out,
         )
-    adapter = None if distilled.tried is None else desk.publish(distilled.tried)
+    adapter = None
+    if distilled.tried is not None:
+        adapter = desk.publish(with_card(distilled.tried, adapter_card(job, party, distilled, outcome.refused)))
     if adapter is not None and (distilled.gate is None or distilled.gate.decision == "kept"):
         desk.llm.committed(adapter)
     return DistillResult(

@@ -1,7 +1,8 @@
 """Adapters as bytes: a deterministic tar of a PEFT folder, read without trust, and their average. No torch.
 
-The tar holds adapter_config.json and adapter_model.safetensors, in this order, as plain USTAR members with nothing of
-this machine in their headers. Whatever else a tar can hold (links, devices, sparse files, long names) is refused.
+The tar holds adapter_config.json, adapter_model.safetensors and, where there is one, the model card README.md, in this
+order, as plain USTAR members with nothing of this machine in their headers. Whatever else a tar can hold (links,
+devices, sparse files, long names) is refused. Weights of full training are one safetensors file, the card its metadata.
 """
 
 import json
@@ -21,8 +22,11 @@ from fedmkt.errors import Refusal
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
+NAMES = (CONFIG_NAME, TENSORS_NAME, CARD_NAME)
 MAX_ADAPTER_BYTES = 1 << 30
 MAX_CONFIG_BYTES = 1 << 16
+MAX_CARD_BYTES = 1 << 23  # a line for each of ten thousand sites, several times over
 MAX_TENSORS = 100_000
 
 # settings that change what the tensors mean; two adapters that differ in one of them do not fit together
@@ -69,6 +73,18 @@ def pack_adapter(adapter: Adapter) -> bytes:
     )
 
 
+def with_card(blob: bytes, card: str) -> bytes:
+    """An adapter as `Party.adapter_bytes` gives it, LoRA or weights, and its model card: same input, same bytes."""
+    if blob.startswith(CONFIG_NAME.encode()):  # a tar begins with its first member's name
+        return blob[:-1024] + _member(CARD_NAME, card.encode()) + blob[-1024:]
+    start = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8:start])
+    header["__metadata__"] = {**header.get("__metadata__", {}), CARD_NAME: card}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + blob[start:]
+
+
 def config_bytes(config: Mapping[str, Any]) -> bytes:
     return json.dumps(config, sort_keys=True, indent=2).encode() + b"\n"
 
@@ -83,8 +99,10 @@ def unpack_adapter(blob: bytes) -> Adapter:
     if len(blob) > MAX_ADAPTER_BYTES:
         raise AdapterTooLarge(f"the adapter has {len(blob)} bytes, at most {MAX_ADAPTER_BYTES} are allowed")
     members = _members(blob)
-    if set(members) != {CONFIG_NAME, TENSORS_NAME}:
+    if not {CONFIG_NAME, TENSORS_NAME} <= set(members):
         raise MalformedAdapter(f"the tar holds {sorted(members)}, expected {CONFIG_NAME} and {TENSORS_NAME}")
+    if len(members.get(CARD_NAME, b"")) > MAX_CARD_BYTES:
+        raise AdapterTooLarge(f"{CARD_NAME} has {len(members[CARD_NAME])} bytes, at most {MAX_CARD_BYTES} are allowed")
     return Adapter(read_config(members[CONFIG_NAME]), read_tensors(members[TENSORS_NAME]))
 
 
@@ -174,7 +192,7 @@ def _member(name: str, data: bytes) -> bytes:
 
 
 def _members(blob: bytes) -> dict[str, bytes]:
-    """Members of a USTAR archive until its end mark. At most two, so nothing is left to bound."""
+    """Members of a USTAR archive until its end mark. At most three, so nothing is left to bound."""
     found: dict[str, bytes] = {}
     position = 0
     while blob[position : position + 512].strip(b"\0"):
@@ -183,10 +201,10 @@ def _members(blob: bytes) -> dict[str, bytes]:
         except (tarfile.HeaderError, UnicodeDecodeError) as error:
             raise MalformedAdapter(f"the tar header at byte {position} is broken: {error}") from error
         start = position + 512
-        if info.type != tarfile.REGTYPE or info.name not in (CONFIG_NAME, TENSORS_NAME) or info.name in found:
+        if info.type != tarfile.REGTYPE or info.name not in NAMES or info.name in found:
             raise MalformedAdapter(
-                f"the tar holds {info.name[:100]!r} of type {info.type!r}, expected {CONFIG_NAME} and {TENSORS_NAME} "
-                "once each, as plain files"
+                f"the tar holds {info.name[:100]!r} of type {info.type!r}, expected {', '.join(NAMES)} once each, as "
+                "plain files"
             )
         if not 0 <= info.size <= len(blob) - start:
             raise MalformedAdapter(f"{info.name} claims {info.size} bytes, {len(blob) - start} are left")

@@ -17,7 +17,7 @@ from fedmkt_coordinator.routes.paging import Cursor, Limit, cursor_after, item_b
 from fedmkt_coordinator.routes.raw import raw_body
 from fedmkt_coordinator.security import Operator, Reader, Worker
 from fedmkt_coordinator.store import Transaction
-from fedmkt_coordinator.views import adapter_view, federation_view
+from fedmkt_coordinator.views import adapter_view, federation_view, present_federation
 
 router = APIRouter(prefix="/v1/federations", tags=["federations"])
 
@@ -35,7 +35,7 @@ async def create(context: Ctx, config: FederationConfig, response: Response) -> 
     """201 when it is new; 200 when a federation of that name has exactly this configuration."""
     federation, new = await federations.create(context.store, config)
     response.status_code = 201 if new else 200
-    return await _view(context, federation.id)
+    return await present_federation(context.store, federation.id)
 
 
 @router.get("", dependencies=[Reader], response_model=FederationPage, summary="List federations by name")
@@ -80,7 +80,7 @@ async def put_public_set(context: Ctx, request: Request, federation_id: str) -> 
 async def register_llm(context: Ctx, federation_id: str, registration: LlmRegistration) -> FederationView:
     """Its vocabulary must have been uploaded as an artifact before. Fixed once a round has begun."""
     await federations.register_llm(context.store, context.artifacts, federation_id, registration)
-    return await _view(context, federation_id)
+    return await present_federation(context.store, federation_id)
 
 
 @router.get(
@@ -102,8 +102,3 @@ async def adapters(
         return AdapterPage(items=tuple(adapter_view(each) for each in found[:limit]), next_cursor=more)
 
     return await polled(context, request, "federation", federation_id, page)
-
-
-async def _view(context: Ctx, federation_id: str) -> FederationView:
-    async with context.store.read() as tx:
-        return await federation_view(tx, await tx.federation(federation_id))

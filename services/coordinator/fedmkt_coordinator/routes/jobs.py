@@ -1,13 +1,12 @@
 """The worker's side of the queue."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Header
+from fastapi import APIRouter
 
 from fedmkt.protocol import Heartbeat, HeartbeatReply, JobCompletion, JobFailure, JobView, QueueView
 from fedmkt_coordinator import jobs
 from fedmkt_coordinator.context import Ctx
 from fedmkt_coordinator.queue import GROUP, JOBS
+from fedmkt_coordinator.routes.raw import IdempotencyKey
 from fedmkt_coordinator.security import Worker
 from fedmkt_coordinator.views import job_view
 
@@ -23,9 +22,7 @@ async def queue(context: Ctx) -> QueueView:
 
 
 @router.post("/{job_id}/claim", dependencies=[Worker], summary="Take a job under a lease")
-async def claim(
-    context: Ctx, job_id: str, idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None
-) -> JobView:
+async def claim(context: Ctx, job_id: str, idempotency_key: IdempotencyKey = None) -> JobView:
     """409 when another worker has it or it is finished: acknowledge the entry and take the next one."""
     job = await jobs.claim(context.store, context.patience, job_id, idempotency_key)
     return job_view(job, context.settings.lease_s)

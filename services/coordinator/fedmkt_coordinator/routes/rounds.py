@@ -1,25 +1,20 @@
 """Rounds: ask for them, watch them, cancel them, report on them."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from fedmkt.protocol import ApplyReport, FederationView, RoundPage, RoundRequest, RoundView, SiteProgress
 from fedmkt_coordinator import rounds
 from fedmkt_coordinator.context import Context, Ctx
 from fedmkt_coordinator.routes.conditional import polled
 from fedmkt_coordinator.routes.paging import Cursor, Limit, cursor_after, number_before
+from fedmkt_coordinator.routes.raw import IdempotencyKey
 from fedmkt_coordinator.security import Operator, Reader, Site
 from fedmkt_coordinator.store import Transaction
-from fedmkt_coordinator.views import federation_view, round_views, site_progress
+from fedmkt_coordinator.views import present_federation, round_views, site_progress
 
 router = APIRouter(prefix="/v1", tags=["rounds"])
 
 ROUNDS = "rounds"
-
-IdempotencyKey = Annotated[
-    str | None, Header(min_length=1, max_length=200, description="the same key has its effect once")
-]
 
 
 @router.post(
@@ -34,7 +29,7 @@ async def request_rounds(
     never two at once. A time that passed while a round ran, or the coordinator was away, is made up once.
     """
     await rounds.request_rounds(context.store, federation_id, wanted, idempotency_key)
-    return await _federation(context, federation_id)
+    return await present_federation(context.store, federation_id)
 
 
 @router.post(
@@ -43,14 +38,14 @@ async def request_rounds(
 async def pause(context: Ctx, federation_id: str) -> FederationView:
     """The running round ends as it would. Sites, status and `waits_for` say that rounds are paused."""
     await rounds.pause(context.store, federation_id)
-    return await _federation(context, federation_id)
+    return await present_federation(context.store, federation_id)
 
 
 @router.post("/federations/{federation_id}/rounds/resume", dependencies=[Operator], summary="Begin rounds again")
 async def resume(context: Ctx, federation_id: str) -> FederationView:
     """What was asked for goes on; scheduled times that passed meanwhile ask for one round together."""
     await rounds.resume(context.store, federation_id)
-    return await _federation(context, federation_id)
+    return await present_federation(context.store, federation_id)
 
 
 @router.post(
@@ -61,7 +56,7 @@ async def resume(context: Ctx, federation_id: str) -> FederationView:
 async def cancel_all(context: Ctx, federation_id: str) -> FederationView:
     """Ask for rounds again to go on. With nothing to cancel, nothing changes."""
     await rounds.cancel_all(context.store, federation_id)
-    return await _federation(context, federation_id)
+    return await present_federation(context.store, federation_id)
 
 
 @router.get(
@@ -105,11 +100,6 @@ async def report(context: Ctx, site: Site, round_id: str, given: ApplyReport) ->
     part = await rounds.report(context.store, site, round_id, given)
     async with context.store.read() as tx:
         return site_progress(await tx.round(round_id), part)
-
-
-async def _federation(context: Context, federation_id: str) -> FederationView:
-    async with context.store.read() as tx:
-        return await federation_view(tx, await tx.federation(federation_id))
 
 
 async def _view(context: Context, round_id: str) -> RoundView:

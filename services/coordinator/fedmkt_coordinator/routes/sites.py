@@ -95,4 +95,5 @@ async def next_task(
     """`wait` may be held back for `wait_s` seconds; it is answered as soon as there is something to do."""
     longest_s = min(wait_s, context.settings.poll_max_s)
     with context.metrics.listeners.labels("long_poll").track_inprogress():
-        return TaskEnvelope(task=await tasks.next_task(context.store, context.wakeups, site, longest_s))
+        task = await tasks.next_task(context.store, context.wakeups, context.waits_for, site, longest_s)
+    return TaskEnvelope(task=task)

@@ -6,7 +6,7 @@ in a circle. What is not committed is not in the log; what is committed is.
 """
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from sqlalchemy import select, update
@@ -114,7 +114,7 @@ def entry(row: AuditRow) -> AuditEntry:
 
 
 def _row(fact: _Fact, sequence: int, at: datetime, previous: str) -> AuditRow:
-    content = AuditEntry(
+    row = AuditRow(
         sequence=sequence,
         at=at,
         federation_id=fact.federation_id,
@@ -126,15 +126,4 @@ def _row(fact: _Fact, sequence: int, at: datetime, previous: str) -> AuditRow:
         previous=previous,
         digest=FIRST_DIGEST,
     )
-    return AuditRow(
-        sequence=sequence,
-        at=at,
-        federation_id=fact.federation_id,
-        role=fact.actor.role,
-        actor=fact.actor.name,
-        action=fact.action,
-        target=fact.target,
-        data=fact.data,
-        previous=previous,
-        digest=audit_digest(content),
-    )
+    return replace(row, digest=audit_digest(entry(row)))

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from sqlalchemy import make_url, text
 from sqlalchemy.engine import URL
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from fedmkt import fault_points
 from fedmkt.tracing import span
 from fedmkt_coordinator.store.adapters import Adapters
+from fedmkt_coordinator.store.chunks import Chunks
 from fedmkt_coordinator.store.credentials import Credentials
 from fedmkt_coordinator.store.direct_sqlite import UNSYNCED, WRITES, sqlite_engine
 from fedmkt_coordinator.store.federations import Federations
@@ -46,6 +47,7 @@ class Store:
         self._sqlite = engine.dialect.name == "sqlite"
         # SQLite has one writer; queueing here is fair, its own busy-waiting between connections is not.
         self._turn: AbstractAsyncContextManager[None] = asyncio.Lock() if self._sqlite else nullcontext()
+        self.chunks = Chunks(lambda: self.write(unsynced=True))
         self._sighted: set[str] = set()
         self._sighting = asyncio.Lock()
 
@@ -53,7 +55,7 @@ class Store:
     async def read(self) -> AsyncIterator[Transaction]:
         """One consistent snapshot."""
         with span("database.read"):
-            async with self.engine.connect() as connection:
+            async with self._connected() as connection:
                 if not self._sqlite:
                     await connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
                 async with connection.begin():
@@ -67,7 +69,7 @@ class Store:
         disk, so that a power cut may undo it. A killed process loses nothing, and later commits never overtake it.
         """
         with span("database.write"):
-            async with self._turn, self.engine.connect() as connection:
+            async with self._turn, self._connected() as connection:
                 await connection.execution_options(**{WRITES: True, UNSYNCED: unsynced})
                 async with connection.begin():
                     if unsynced and not self._sqlite:
@@ -79,6 +81,20 @@ class Store:
         _reach(tx.outbox, "committed")
         if tx.outbox.federations or tx.outbox.jobs:
             self.after_commit(tx.outbox)
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[AsyncConnection]:
+        if not self._sqlite:
+            async with self.engine.connect() as connection:
+                yield connection
+            return
+        # SQLAlchemy leaves the closing to a task, since it may wait. Here nothing waits, and of a thousand readers at
+        # once each would hold its connection until the last has begun.
+        connection = await self.engine.connect()
+        try:
+            yield connection
+        finally:
+            await connection.close()
 
     async def saw_site(self, site_id: str) -> None:
         """The site asked for its task. A thousand that ask at once are written in a few transactions."""

@@ -23,7 +23,10 @@ from sqlalchemy.util import await_only
 BUSY_TIMEOUT_MS = 10_000  # how long SQLite waits for another process's write
 WRITES = "fedmkt_write"  # execution option: the transaction will write
 UNSYNCED = "fedmkt_unsynced"  # execution option: the commit need not wait for the disk
-READERS = 8  # connections kept open; more are opened when needed, since waiting for one would stop the loop
+# All the connections there are; who wants one more waits for its turn. SQLite cannot close a database file while another
+# connection of the process has it open (POSIX would drop that one's locks): each connection beyond these would leave one
+# open file behind for good.
+CONNECTIONS = 8
 
 
 class DirectSqlite(SQLiteDialect_pysqlite):
@@ -122,8 +125,8 @@ def sqlite_engine(path: Path) -> AsyncEngine:
     path.touch(mode=0o600)  # it holds the signing key; SQLite gives its other files the same mode
     engine = create_async_engine(
         URL.create("sqlite+direct", database=str(path)),
-        pool_size=READERS,
-        max_overflow=-1,
+        pool_size=CONNECTIONS,
+        max_overflow=0,
         connect_args={
             "factory": _Connection,
             "check_same_thread": False,  # the writer's thread commits what the loop's has written

@@ -47,9 +47,10 @@ class Rounds(Events):
         await self._tell_round(row, "")
         return row
 
-    async def round(self, round_id: str) -> RoundRow:
+    async def round(self, round_id: str, *, of: str | None = None) -> RoundRow:
+        """For `of`, a federation, the rounds of others do not exist."""
         found = await self._first(RoundRow, _BY_ID, key=round_id)
-        if found is None:
+        if found is None or of not in (None, found.federation_id):
             raise RoundUnknown(f"there is no round {round_id}; GET /v1/federations/.../rounds lists them")
         return found
 

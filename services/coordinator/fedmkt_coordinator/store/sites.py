@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from sqlalchemy import bindparam, or_, select, update
+from sqlalchemy import bindparam, func, or_, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from fedmkt.errors import Refusal
@@ -37,6 +37,17 @@ class Sites(Statements):
         """Every row of the federation, revoked ones too, by name and then oldest first."""
         statement = select(sites).where(sites.c.federation_id == federation_id)
         return await self._all(SiteRow, statement.order_by(sites.c.name, sites.c.enrolled_at, sites.c.id))
+
+    async def site_vocabularies(self, federation_id: str) -> list[str]:
+        """Fingerprints of the vocabularies that its active sites have."""
+        active = (sites.c.federation_id == federation_id) & sites.c.revoked_at.is_(None)
+        statement = select(sites.c.vocabulary).where(active, sites.c.vocabulary.is_not(None)).distinct()
+        return [str(row[0]) for row in await self._connection.execute(statement)]
+
+    async def described_sites(self, federation_id: str) -> int:
+        """How many sites have said all about themselves: `SiteRow.ready`, counted."""
+        said = sites.c.revoked_at.is_(None) & sites.c.model.is_not(None) & sites.c.vocabulary.is_not(None)
+        return int(await self._scalar(select(func.count()).where(sites.c.federation_id == federation_id, said)))
 
     async def active_site(self, federation_id: str, name: str) -> SiteRow | None:
         statement = select(sites).where(_active(federation_id, name))
