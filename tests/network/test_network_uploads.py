@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
 @pytest.mark.parametrize("size", [300_000, 2 * CHUNK_BYTES + 500_000])
 def test_ten_broken_lines_cost_less_than_a_tenth_of_the_blob(site: UploadingSite, how: str, size: int) -> None:
     blob = noise(size, seed=size)
-    broken = [Fault(how, up=size // 20 + 997 * number) for number in range(10)]  # type: ignore[arg-type]  # parametrised
+    broken = [Fault(how, up=size // 40 + 997 * number) for number in range(10)]  # type: ignore[arg-type]  # parametrised
     with proxied(site.coordinator.port, *broken) as line, site.client(line.url) as client:
         receipt = site.upload(client, blob)
         sent, traffic = line.up_bytes, client.traffic.up
@@ -26,7 +26,6 @@ def test_ten_broken_lines_cost_less_than_a_tenth_of_the_blob(site: UploadingSite
     assert receipt.size_bytes == size
     assert site.accepted() == 1
     assert sent <= 1.1 * size
-    assert size < traffic <= sent
     assert size < traffic <= sent
 
 

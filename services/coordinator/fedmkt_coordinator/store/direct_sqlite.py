@@ -23,9 +23,9 @@ from sqlalchemy.util import await_only
 BUSY_TIMEOUT_MS = 10_000  # how long SQLite waits for another process's write
 WRITES = "fedmkt_write"  # execution option: the transaction will write
 UNSYNCED = "fedmkt_unsynced"  # execution option: the commit need not wait for the disk
-# All the connections there are; who wants one more waits for its turn. SQLite cannot close a database file while another
-# connection of the process has it open (POSIX would drop that one's locks): each connection beyond these would leave one
-# open file behind for good.
+# All the connections there are; who wants one more waits for its turn. SQLite cannot close a database file while
+# another connection of the process has it open (POSIX would drop that one's locks): each connection beyond these would
+# leave one open file behind until all are closed.
 CONNECTIONS = 8
 
 
