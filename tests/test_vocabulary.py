@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -333,6 +334,16 @@ def test_a_tokenizer_that_cannot_take_part_is_refused_with_the_reason(tokenizer:
         Vocabulary.from_tokenizer(tokenizer)  # type: ignore[arg-type]  # wrong on purpose
     assert words in raised.value.detail
     assert raised.value.code == "vocabulary.unsupported"
+
+
+def test_two_tokens_of_one_id_are_refused() -> None:
+    """The library keeps either, another one in every process."""
+    content = json.loads(small.vocabulary("word_piece").to_bytes())
+    vocabulary = content["tokenizer"]["model"]["vocab"]
+    first, second = sorted(vocabulary)[:2]
+    vocabulary[second] = vocabulary[first]
+    with pytest.raises(UnsupportedVocabulary, match=re.escape(f"share the id {vocabulary[first]}; give each its own")):
+        Vocabulary.from_bytes(json.dumps(content).encode())
 
 
 def splitting(pattern: str) -> Tokenizer:

@@ -10,6 +10,7 @@ names, so a tokenizer of a model that nobody has heard of works when its parts a
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -159,8 +160,16 @@ def _checked_tokens(tokens: list[tuple[Any, Any]]) -> list[tuple[str, int]]:
 
 
 def check_bounds(tokenizer: dict[str, Any]) -> int:
-    """Size of the vocabulary (largest id + 1). Refuses what could exhaust memory or time before the library sees it."""
-    tokens = model_tokens(tokenizer) + added_tokens(tokenizer)
+    """Size of the vocabulary (largest id + 1). Refuses what could exhaust memory or time before the library sees it.
+
+    And an id with two tokens: the library keeps either of them, another one in every process.
+    """
+    own = model_tokens(tokenizer)
+    if len({index for _, index in own}) < len(own):
+        shared, _ = Counter(index for _, index in own).most_common(1)[0]
+        names = sorted(token for token, index in own if index == shared)[:2]
+        raise UnsupportedVocabulary(f"tokens {names[0]!r} and {names[1]!r} share the id {shared}; give each its own")
+    tokens = own + added_tokens(tokenizer)
     if not tokens:
         raise UnsupportedVocabulary("the tokenizer has no tokens; train it first")
     size = max(index for _, index in tokens) + 1
