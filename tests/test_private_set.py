@@ -51,6 +51,22 @@ def test_every_shape_of_line_is_read(tmp_path: Path) -> None:
     assert everything["user: hi\nassistant: hello"].response_start == len("user: hi\nassistant: ")
 
 
+def test_choices_are_read_beside_a_completion_also_from_a_cell(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}+1=", "completion": f"{n + 1}", "choices": [f"{n}", f"{n + 1}"]} for n in range(20)]
+    from_lines = read_private_set(
+        written(tmp_path, b"\n".join(json.dumps(row).encode() for row in rows)), 0.1, TEMPLATE
+    )
+    table = tmp_path / "questions.csv"
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ("prompt", "completion", "choices"))
+        writer.writeheader()
+        writer.writerows({**row, "choices": json.dumps(row["choices"])} for row in rows)
+    from_cells = read_private_set(table, 0.1, TEMPLATE)
+    found = {sample.prompt: sample.choices for sample in (*from_lines.train, *from_lines.holdout)}
+    assert found["4+1="] == ("4", "5")
+    assert found == {sample.prompt: sample.choices for sample in (*from_cells.train, *from_cells.holdout)}
+
+
 def test_ids_and_domains_stay_out(tmp_path: Path) -> None:
     rows = [{"id": "patient 4711", "domain": "ward 6", "text": f"note {n}"} for n in range(20)]
     private = read_private_set(written(tmp_path, b"\n".join(json.dumps(row).encode() for row in rows)), 0.1, TEMPLATE)
@@ -67,6 +83,8 @@ def test_ids_and_domains_stay_out(tmp_path: Path) -> None:
         (b'{"text": "secret diagnosis', "line 3 is not JSON"),
         (b'{"text": ""}', "line 3 has an empty response; drop it"),
         (b'{"text": 5}', "line 3 has a text that is no text but int"),
+        (b'{"prompt": "a", "completion": "diagnosis", "choices": {}}', "rename the column if it is something else"),
+        (b'{"prompt": "a", "completion": "b", "choices": ["diagnosis", "c"]}', "line 3 has a completion that is none"),
         (b'["secret diagnosis"]', "line 3 is a JSON list; an object is needed"),
         (b'{"note": "secret diagnosis"}', "line 3 has none of the keys; {text}"),
         (b'{"text": "secret \xff diagnosis"}', "line 3 is not UTF-8"),

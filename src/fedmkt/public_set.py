@@ -2,7 +2,8 @@
 
 A line of the JSONL source is `{id, prompt, completion}`, `{id, text}` or `{id, messages: [{role, content}, ...]}`, each
 with an optional `domain`; `id` defaults to the line's number. Only the response counts for knowledge and loss: the
-completion, the whole text, or the last message.
+completion, the whole text, or the last message. Beside a completion may stand `choices`, a list of answers of which it
+is one: held-out samples that have them are also evaluated as questions with several answers.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ MAX_SAMPLES = 5_000_000
 MAX_SAMPLE_BYTES = 1 << 20
 MAX_ID_CHARACTERS = 200
 MAX_DOMAIN_CHARACTERS = 100
+MAX_CHOICES = 100
 DEFAULT_CHAT_TEMPLATE = "{role}: {content}\n"
 
 
@@ -74,7 +76,8 @@ class BadChatTemplate(PublicSetRefusal):
 class PublicSample:
     """One sample. `response_start`: byte offset in the UTF-8 text at which the response begins (0 for `{id, text}`).
 
-    `ends`: an end-of-text token follows the text, where the vocabulary has one (prompt/completion and chat).
+    `ends`: an end-of-text token follows the text, where the vocabulary has one (prompt/completion and chat). `choices`:
+    answers to choose from, of which the response is one; empty for no such question.
     """
 
     id: str
@@ -82,6 +85,15 @@ class PublicSample:
     response_start: int
     ends: bool
     domain: str | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        return self.text.encode()[: self.response_start].decode()
+
+    @property
+    def response(self) -> str:
+        return self.text.encode()[self.response_start :].decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +196,44 @@ def _read_line(line: bytes, number: int, chat_template: str) -> PublicSample:
     if isinstance(sample_id, bool) or not isinstance(sample_id, str | int) or sample_id == "":
         raise MalformedSample(f"line {number}: id must be a text or a whole number, not {sample_id!r}")
     prompt, response, ends = _prompt_and_response(row, number, chat_template)
-    return _checked(str(sample_id), prompt, response, ends, _text(row, "domain", number, optional=True), number)
+    choices = _choices(row, number)
+    domain = _text(row, "domain", number, optional=True)
+    return _checked(str(sample_id), prompt, response, ends, domain, choices, number)
 
 
-def _checked(sample_id: str, prompt: str, response: str, ends: bool, domain: str | None, number: int) -> PublicSample:
+def _choices(row: Mapping[str, Any], number: int) -> tuple[str, ...]:
+    if "choices" not in row:
+        return ()
+    try:
+        return checked_choices(row["choices"], row.get("completion"))
+    except ValueError as error:
+        raise MalformedSample(f"line {number} {error}") from error
+
+
+def checked_choices(choices: object, completion: object) -> tuple[str, ...]:
+    """A question's answers: 2 to MAX_CHOICES different texts, one of them the completion. Raises ValueError."""
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise ValueError("has choices that are no list of texts with something in them")
+    if not 2 <= len(choices) <= MAX_CHOICES or len(set(choices)) < len(choices):
+        raise ValueError(f"has {len(choices)} choices; give 2 to {MAX_CHOICES}, no two of them equal")
+    if completion not in choices:
+        raise ValueError("has a completion that is none of its choices; write the right one exactly as among them")
+    return tuple(choices)
+
+
+def _checked(
+    sample_id: str,
+    prompt: str,
+    response: str,
+    ends: bool,
+    domain: str | None,
+    choices: tuple[str, ...],
+    number: int,
+) -> PublicSample:
     if not response.strip():
         raise EmptyResponse(f"line {number}: sample {sample_id!r} has an empty response; drop it")
     try:
-        start, length = len(prompt.encode()), len(response.encode())
+        start, length = len(prompt.encode()), len("".join(choices or (response,)).encode())
         (sample_id + (domain or "")).encode()
     except UnicodeEncodeError as error:
         raise NotUnicode(f"line {number}: sample {sample_id!a} holds a lone surrogate: {error}") from error
@@ -202,7 +244,7 @@ def _checked(sample_id: str, prompt: str, response: str, ends: bool, domain: str
     for name, value, limit in (("id", sample_id, MAX_ID_CHARACTERS), ("domain", domain or "", MAX_DOMAIN_CHARACTERS)):
         if len(value) > limit:
             raise PublicSetTooLarge(f"line {number}: {name} has {len(value)} characters, at most {limit} allowed")
-    return PublicSample(sample_id, prompt + response, start, ends, domain)
+    return PublicSample(sample_id, prompt + response, start, ends, domain, choices)
 
 
 def _prompt_and_response(row: Mapping[str, Any], number: int, chat_template: str) -> tuple[str, str, bool]:
@@ -243,15 +285,13 @@ def _fill(template: str, role: str, content: str) -> str:
 
 
 def _canonical_line(sample: PublicSample) -> bytes:
-    data = sample.text.encode()
-    row = {"id": sample.id}
+    row: dict[str, object] = {"id": sample.id}
     if sample.ends:
-        row |= {
-            "prompt": data[: sample.response_start].decode(),
-            "completion": data[sample.response_start :].decode(),
-        }
+        row |= {"prompt": sample.prompt, "completion": sample.response}
     else:
         row["text"] = sample.text
+    if sample.choices:
+        row["choices"] = sample.choices
     if sample.domain is not None:
         row["domain"] = sample.domain
     return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

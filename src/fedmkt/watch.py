@@ -245,10 +245,16 @@ def taught(selection: SelectionReport) -> str:
 
 
 def change(before: Evaluations, after: Evaluations) -> str:
-    """Held-out bits per byte before and after, over all domains."""
+    """Held-out quality before and after, over all domains."""
     if "all" not in before or "all" not in after:
         return "not evaluated"
-    return f"{before['all'].bits_per_byte:.3f} -> {after['all'].bits_per_byte:.3f} bits per byte"
+    was, now = before["all"], after["all"]
+    found = [f"{was.bits_per_byte:.3f} -> {now.bits_per_byte:.3f} bits per byte"]
+    if was.choice_accuracy is not None and now.choice_accuracy is not None:
+        found.append(f"{was.choice_accuracy:.1%} -> {now.choice_accuracy:.1%} of choices right")
+    if was.rouge_l is not None and now.rouge_l is not None:
+        found.append(f"{was.rouge_l:.3f} -> {now.rouge_l:.3f} Rouge-L")
+    return ", ".join(found)
 
 
 def kilobytes(size_bytes: int) -> str:

@@ -34,7 +34,7 @@ def merge_adapter(
     rounded = pick_dtype(dtype, torch.device("cpu"))
     loaded = load_base(base, revision=revision, device="cpu", dtype="float32")
     card = _checked_card(adapter, loaded)
-    model = _with_lora(adapter, loaded) if (adapter / CONFIG_NAME).is_file() else _with_weights(adapter, loaded)
+    model = with_adapter(adapter, loaded)
     nn.Module.to(model, rounded)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as beside:
         draft = Path(beside) / "model"
@@ -44,6 +44,11 @@ def merge_adapter(
             (draft / CARD_NAME).write_text(merged_card(card, dtype), encoding="utf-8")
         draft.rename(out)
     return sorted(path.name for path in out.iterdir())
+
+
+def with_adapter(adapter: Path, loaded: LoadedModel) -> PreTrainedModel:
+    """The loaded model itself with `adapter` added to its weights. Raises AdaptersDiffer, MalformedAdapter."""
+    return _with_lora(adapter, loaded) if (adapter / CONFIG_NAME).is_file() else _with_weights(adapter, loaded)
 
 
 def _checked_card(adapter: Path, loaded: LoadedModel) -> str | None:

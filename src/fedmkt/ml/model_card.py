@@ -222,13 +222,27 @@ def _quality(distilled: Distilled) -> str:
     head = ("domain", "samples", "bits per byte before", "after", "next-token accuracy before", "after")
     return (
         "On the public samples that nobody trains on. Bits per byte: negative log-likelihood of the responses, in "
-        f"bits, over their UTF-8 bytes.\n\n{_Table(head, rows)}{decision}"
+        f"bits, over their UTF-8 bytes.\n\n{_Table(head, rows)}{_questions(distilled, diverged=diverged)}{decision}"
     )
 
 
 def _quality_row(name: str, before: Evaluation, after: Evaluation | None) -> tuple[str, ...]:
     bits, accuracy = ("not finite",) * 2 if after is None else (f"{after.bits_per_byte:.6f}", f"{after.accuracy:.4f}")
     return (_text(name), str(before.samples), f"{before.bits_per_byte:.6f}", bits, f"{before.accuracy:.4f}", accuracy)
+
+
+def _questions(distilled: Distilled, *, diverged: bool) -> str:
+    """Questions with choices and free answers, where the held-out part has any."""
+    rows: list[tuple[str, ...]] = []
+    for name, before in sorted(distilled.before.items()):
+        after = None if diverged else distilled.after[name]
+        for what, count, was, now in (
+            ("likeliest choice", before.choice_samples, before.choice_accuracy, after and after.choice_accuracy),
+            ("Rouge-L of free answers", before.rouge_samples, before.rouge_l, after and after.rouge_l),
+        ):
+            if was is not None:
+                rows.append((_text(name), what, str(count), f"{was:.4f}", "not finite" if now is None else f"{now:.4f}"))
+    return f"\n\n{_Table(('domain', 'questions', 'how many', 'before', 'after'), rows)}" if rows else ""
 
 
 def _lineage(job: DistillJob, refused: Mapping[str, str]) -> str:

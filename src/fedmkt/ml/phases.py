@@ -14,12 +14,13 @@ from fedmkt.errors import Refusal
 from fedmkt.knowledge import Knowledge
 from fedmkt.lesson import Lesson
 from fedmkt.ml.checkpoints import Checkpoints
-from fedmkt.ml.evaluation import ALL, EvaluationNotFinite, evaluate
+from fedmkt.ml.evaluation import ALL, NO_FREE_ANSWERS, EvaluationNotFinite, evaluate
 from fedmkt.ml.extraction import WIDE_TOP_K, WIDE_TOP_P, extract
 from fedmkt.ml.party import Party
 from fedmkt.ml.training import TrainingDiverged, train_on_lesson, train_private
 from fedmkt.protocol import (
     Evaluation,
+    EvaluationConfig,
     FederationConfig,
     GateConfig,
     GateReport,
@@ -70,14 +71,24 @@ def public_evaluations(party: Party, plan: RoundPlan, progress: Progress = silen
     """Quality on the held-out public part, by domain and under 'all'; empty when nothing is held out."""
     if not plan.holdout:
         return {}
-    return _evaluated(party, plan.holdout, plan, "evaluating on the held-out public part", progress)
+    step = "evaluating on the held-out public part"
+    return _evaluated(party, plan.holdout, plan, step, progress, plan.config.evaluation)
 
 
 def _evaluated(
-    party: Party, samples: Sequence[PublicSample], plan: RoundPlan, step: str, progress: Progress
+    party: Party,
+    samples: Sequence[PublicSample],
+    plan: RoundPlan,
+    step: str,
+    progress: Progress,
+    questions: EvaluationConfig = NO_FREE_ANSWERS,
 ) -> Evaluations:
     return evaluate(
-        party, samples, max_tokens=plan.max_tokens, progress=lambda done, total: progress(step, done, total)
+        party,
+        samples,
+        max_tokens=plan.max_tokens,
+        questions=questions,
+        progress=lambda done, total: progress(step, done, total),
     )
 
 
