@@ -22,6 +22,7 @@ ROWS = (5_000, 20_000, 80_000)
 VOCABULARY = 128_256
 TOP_KS = (32, 64, 128)
 REAL_MODELS = ("stories260K", "babyllama-105", "babyllama-361")
+DEMO = "demo LLM"
 REAL_CHARACTERS = 40_000
 
 
@@ -135,23 +136,80 @@ def _real(name: str) -> Source:
     return Source(folder / "models" / name, data.texts(REAL_CHARACTERS))
 
 
-@pytest.mark.parametrize("name", [*REAL_MODELS, "demo LLM"])
+@pytest.mark.parametrize("name", [*REAL_MODELS, DEMO])
 def bench_blob_size_at_the_defaults(results: Results, name: str) -> None:
-    source = _demo() if name == "demo LLM" else _real(name)
-    knowledge = _extracted(source)
-    blob = encode(knowledge)
+    knowledge = _extracted(name)
     results.add(
         f"blob at the defaults, {name}, against pickled lists",
         "bytes/row",
-        len(blob) / knowledge.rows,
+        len(encode(knowledge)) / knowledge.rows,
         len(pickle_lists(knowledge)) / knowledge.rows,
-        size=f"V {knowledge.header.vocabulary_size:,}, {knowledge.rows:,} rows, "
-        f"{knowledge.entries / knowledge.rows:.1f} entries a row",
+        size=_size(knowledge),
         goal=at_most(64),
     )
 
 
-def _extracted(source: Source) -> Knowledge:
+@pytest.mark.parametrize("samples", [25, 100])
+def bench_blob_size_of_a_few_samples(results: Results, samples: int) -> None:
+    """A small blob has fewer rows to refer to."""
+    knowledge = _extracted(DEMO).take(np.arange(samples))
+    results.add(
+        f"blob of {samples} samples at the defaults, {DEMO}, against pickled lists",
+        "bytes/row",
+        len(encode(knowledge)) / knowledge.rows,
+        len(pickle_lists(knowledge)) / knowledge.rows,
+        size=_size(knowledge),
+    )
+
+
+def bench_blob_distortion_at_the_defaults(results: Results) -> None:
+    knowledge = _extracted(DEMO)
+    results.add(
+        f"blob at the defaults, {DEMO}: distortion, against float16 log-probabilities",
+        "nats (mean KL)",
+        _distortion(knowledge, quantised(knowledge).logprobs),
+        _distortion(knowledge, knowledge.logprobs.astype(np.float16).astype(np.float32)),
+        size=_size(knowledge),
+        goal=at_most(1e-3),
+    )
+
+
+def bench_encode_rows_that_refer(paired: Paired) -> None:
+    """Rows with much in common are compared with each other; random ones of a wide vocabulary are not."""
+    knowledge = _extracted(DEMO)
+    paired(
+        f"encode at the defaults, {DEMO}, against pickled lists",
+        lambda: encode(knowledge),
+        lambda: pickle_lists(knowledge),
+        size=_size(knowledge),
+        unit="rows/s",
+        amount=knowledge.rows,
+        goal=at_least(1e5),
+    )
+
+
+def bench_decode_rows_that_refer(paired: Paired) -> None:
+    knowledge = _extracted(DEMO)
+    blob, pickled = encode(knowledge), pickle_lists(knowledge)
+    paired(
+        f"decode at the defaults with every check, {DEMO}, against pickled lists",
+        lambda: decode(blob),
+        lambda: pickle.loads(pickled),
+        size=_size(knowledge),
+        unit="rows/s",
+        amount=knowledge.rows,
+        goal=at_least(3e5),
+    )
+
+
+def _size(knowledge: Knowledge) -> str:
+    entries = knowledge.entries / knowledge.rows
+    return f"V {knowledge.header.vocabulary_size:,}, {knowledge.rows:,} rows, {entries:.1f} entries a row"
+
+
+@functools.cache
+def _extracted(name: str) -> Knowledge:
+    source = _demo() if name == DEMO else _real(name)
     party = Party(load_base(source.folder, device="cpu"), None, seed=0)
     found = data.as_public_set(source.texts)
     return extract(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedmkt import id_columns
 from fedmkt.codec import (
     DEFAULT_LIMITS,
     MAGIC,
@@ -99,7 +100,8 @@ __all__ = [
     "read_index",
 ]
 
-MAX_BLOCK_BYTES = BLOCK_ROWS * 8 + BLOCK_ENTRIES * 4 + (1 << 16)
+ROW_BYTES = 6  # at least: offset step, entries, reference, floor, gold level, tail
+MAX_BLOCK_BYTES = BLOCK_ROWS * 11 + BLOCK_ENTRIES * 17 // 4 + (1 << 16)
 INDEX_BYTES = 1 << 16  # of the index frame, samples aside
 MAX_INT32 = int(np.iinfo(np.int32).max)
 
@@ -161,15 +163,15 @@ def _block(k: Knowledge, rows: slice) -> tuple[Ints, slice]:
 
 def _pack_rows(k: Knowledge, rows: slice, steps: Ints) -> Columns:
     splits, entries = _block(k, rows)
-    ids, starts = k.token_ids[entries], splits[:-1]
-    gaps = np.diff(ids, prepend=np.int32(-1)) - 1
-    gaps[starts] = ids[starts]
     levels, gold_levels, tails = to_grid(k.logprobs[entries], k.gold_logprobs[rows], splits, k.header.vocabulary_size)
+    floors = np.maximum.reduceat(levels, splits[:-1])
     return {
         **dict(to_planes("offset_steps", steps)),
         **dict(to_planes("entries", np.diff(splits) - 1)),
-        **dict(to_planes("id_gaps", gaps)),
-        "levels.0": levels,
+        **id_columns.to_columns(k.token_ids[entries], splits),
+        # Where a row is cut, most of its entries lie just above the cut, so heights above it vary less than depths.
+        "heights.0": np.repeat(floors, np.diff(splits)) - levels,
+        "floors.0": floors,
         "gold_levels.0": gold_levels,
         "tails.0": tails,
     }
@@ -203,7 +205,7 @@ def decode(blob: bytes, *, limits: Limits = DEFAULT_LIMITS) -> Knowledge:
     frames = split_frames(blob, limits)
     index, samples, row_counts = _read_index(frames[0], limits)
     stated = sum(stated_bytes(frame, MAX_BLOCK_BYTES) for frame in frames[1:])
-    if 4 * index.rows + 2 * index.entries > stated:
+    if ROW_BYTES * index.rows + index.entries > stated:
         raise MalformedKnowledge(
             f"{index.rows} rows and {index.entries} entries are announced, {stated} bytes cannot hold them"
         )
@@ -256,13 +258,10 @@ class _Rows:
         """Checks and appends one block of rows."""
         splits, rows, entries = self._place(columns)
         size = self.index.header.vocabulary_size
-        levels = from_plane(columns, "levels", int(splits[-1]))
+        levels = _levels(columns, splits)
         gold_levels, tails = (from_plane(columns, name, splits.size - 1) for name in ("gold_levels", "tails"))
-        if (np.minimum.reduceat(levels, splits[:-1]) > 0).any():
-            raise MalformedKnowledge("a row has no entry at level 0; its most probable token defines level 0")
         self.logprobs[entries], self.gold_logprobs[rows] = from_grid(levels, gold_levels, tails, splits, size)
-        gaps = from_planes(columns, "id_gaps", int(splits[-1]), planes=3)
-        self.token_ids[entries] = _ids_from_gaps(gaps, splits, size)
+        self.token_ids[entries] = id_columns.from_columns(columns, splits, size)
         self.steps[rows] = from_planes(columns, "offset_steps", splits.size - 1)
         self.entry_splits[rows.start + 1 : rows.stop + 1] = splits[1:] + entries.start
         refuse_unknown(columns)
@@ -304,11 +303,13 @@ class _Rows:
         )
 
 
-def _ids_from_gaps(gaps: NDArray[np.uint32], splits: NDArray[np.int64], vocabulary_size: int) -> Ints:
-    """Token ids of a block's entries; the first gap of a row counts from -1."""
-    if int(gaps.max()) >= vocabulary_size:
-        raise TokenOutOfRange(f"a token id of at least {gaps.max()} for a vocabulary of {vocabulary_size}")
-    gaps += np.uint32(1)  # at most MAX_TOP_K steps of at most MAX_VOCABULARY_SIZE: no row's sum reaches 2^31
-    row_sums = np.add.reduceat(gaps, splits[:-1])
-    gaps[splits[1:-1]] -= row_sums[:-1]  # the running sum starts anew at each row, modulo 2^32
-    return (np.cumsum(gaps, dtype=np.uint32) - np.uint32(1)).view(np.int32)
+def _levels(columns: dict[str, Octets], splits: NDArray[np.int64]) -> Octets:
+    """Levels of a block's entries [n] from the floors of its rows and the heights above them."""
+    floors = from_plane(columns, "floors", splits.size - 1)
+    heights = from_plane(columns, "heights", int(splits[-1]))
+    lowest, highest = (extreme.reduceat(heights, splits[:-1]) for extreme in (np.minimum, np.maximum))
+    if (lowest > 0).any() or (highest != floors).any():
+        raise MalformedKnowledge(
+            "a row's heights do not reach from 0 to its floor; its most probable token has level 0, its least the floor"
+        )
+    return np.repeat(floors, np.diff(splits)) - heights

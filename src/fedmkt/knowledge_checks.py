@@ -52,7 +52,6 @@ _RULES: Mapping[str, tuple[type[Refusal], str]] = {
     "public_set_digest": (WrongPublicSet, "fetch the federation's public set again"),
     "vocabulary_fingerprint": (WrongVocabulary, "register the vocabulary in use"),
     "vocabulary_size": (WrongVocabulary, "drop ids beyond the tokenizer"),
-    "top_k": (WrongSettings, "read the federation's configuration again"),
     "top_p": (WrongSettings, "read the federation's configuration again"),
     "max_tokens": (WrongSettings, "read the federation's configuration again"),
 }
@@ -94,10 +93,13 @@ def check_header(
         public_set_digest=public_set_digest,
         vocabulary_fingerprint=vocabulary_fingerprint,
         vocabulary_size=vocabulary_size,
-        top_k=settings.top_k,
         top_p=settings.top_p,
         max_tokens=settings.max_tokens,
     )
+    if header.top_k > settings.top_k:  # a site may share less than it is asked for
+        raise WrongSettings(
+            f"top_k is {header.top_k}, at most {settings.top_k} expected; read the federation's configuration again"
+        )
 
 
 def check_rows(knowledge: Knowledge, public_set: PublicSet, samples: Sequence[int]) -> None:

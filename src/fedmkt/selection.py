@@ -20,7 +20,7 @@ NOBODY = -1  # no soft targets for this sample
 SELF = -2  # the receiver's own fresh soft targets
 
 # A realised token and its entry are rounded alike, but a sender may have computed the two apart and fallen on either
-# side of a rounding boundary: one level of the wire's grid, sqrt(1 + d) / 12 nats at d nats below the row's largest, is
+# side of a rounding boundary: one level of the wire's grid, sqrt(1 + d) / 11 nats at d nats below the row's largest, is
 # no lie. It gains nothing either: of a kept token the entry counts.
 LEVEL_TOLERANCE = 0.1
 TAIL_TOLERANCE = 1.25  # tail mass and cut token are rounded apart, together by up to a fifth where they weigh anything
@@ -56,33 +56,36 @@ def recompute_cross_entropy(knowledge: Knowledge, rows: TokenizedSet, *, unit: U
     """
     values = np.full(rows.samples.size, np.inf)
     shared, ours, theirs = np.intersect1d(rows.samples, knowledge.samples, assume_unique=True, return_indices=True)
-    same = _same_contexts(knowledge, theirs, rows, ours)
+    same, gold_ids = _same_contexts(knowledge, theirs, rows, ours)
     refused = dict.fromkeys(shared[~same].tolist(), OTHER_ROWS)
-    comparable = np.flatnonzero(same)
-    row_counts = np.diff(rows.row_splits)[ours[comparable]]
-    for run in runs(np.concatenate([[0], np.cumsum(row_counts)]), VERIFIED_ROWS):
-        chunk = comparable[run]
-        sent, text = knowledge.take(theirs[chunk]), rows.take(ours[chunk])
-        gold_logprobs, faults = _verify(sent, text.gold_ids)
-        nats = -np.add.reduceat(gold_logprobs, sent.row_splits[:-1])
-        size = text.response_bytes if unit == "nats_per_byte" else np.diff(sent.row_splits)
-        sound = ~np.logical_or.reduceat(faults > 0, sent.row_splits[:-1])
-        values[ours[chunk]] = np.where(sound & (size > 0), nats / np.maximum(size, 1), np.inf)
-        refused |= _reasons(sent, faults, sound)
+    nats, sound = np.empty(len(knowledge.samples)), np.zeros(len(knowledge.samples), np.bool_)
+    for run in runs(knowledge.row_splits, VERIFIED_ROWS):
+        splits = knowledge.row_splits[run.start : run.stop + 1]
+        gold_logprobs, faults = _verify(knowledge, slice(int(splits[0]), int(splits[-1])), gold_ids)
+        nats[run] = -np.add.reduceat(gold_logprobs, splits[:-1] - splits[0])
+        sound[run] = ~np.logical_or.reduceat(faults > 0, splits[:-1] - splits[0])
+        refused |= _reasons(knowledge, faults, run, theirs[same])
+    ours, theirs = ours[same], theirs[same]
+    size = rows.response_bytes[ours] if unit == "nats_per_byte" else np.diff(knowledge.row_splits)[theirs]
+    values[ours] = np.where(sound[theirs] & (size > 0), nats[theirs] / np.maximum(size, 1), np.inf)
     return CrossEntropy(values, refused)
 
 
 def _same_contexts(
     knowledge: Knowledge, theirs: NDArray[np.intp], rows: TokenizedSet, ours: NDArray[np.intp]
-) -> NDArray[np.bool_]:
-    """Which of the paired samples have the same context ends on both sides: bool [P]."""
+) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
+    """Which of the paired samples have the same context ends on both sides, bool [P]; and the realised token of each
+    row of the knowledge, int32 [R], -1 on other samples.
+    """
     counts = np.diff(knowledge.row_splits)[theirs]
     same = counts == np.diff(rows.row_splits)[ours]
     sent, _ = take_rows(knowledge.row_splits, theirs[same])
     text, owners = take_rows(rows.row_splits, ours[same])
-    differing = np.bincount(owners, knowledge.context_ends[sent] != rows.context_ends[text], int(same.sum()))
-    same[same] = differing == 0
-    return np.asarray(same, dtype=np.bool_)
+    differing = np.bincount(owners, knowledge.context_ends[sent] != rows.context_ends[text], int(same.sum())) > 0
+    gold_ids = np.full(knowledge.rows, -1, np.int32)
+    gold_ids[sent] = np.where(differing[owners], -1, rows.gold_ids[text])
+    same[same] = ~differing
+    return np.asarray(same, dtype=np.bool_), gold_ids
 
 
 OTHER_ROWS = "its rows are not those that the text gives in the sender's vocabulary"
@@ -95,17 +98,21 @@ FAULTS = (
 )
 
 
-def _verify(sent: Knowledge, gold_ids: NDArray[np.int32]) -> tuple[Floats, NDArray[np.uint8]]:
-    """Realised tokens' log-probabilities as the entries have them, float64 [R], and the rule broken (FAULTS), [R]."""
-    starts, counts = sent.entry_splits[:-1], np.diff(sent.entry_splits)
-    logprobs, stated = sent.logprobs.astype(np.float64), sent.gold_logprobs.astype(np.float64)
-    largest, smallest = np.maximum.reduceat(logprobs, starts), np.minimum.reduceat(logprobs, starts)
-    tail = np.maximum(1.0 - np.add.reduceat(np.exp(logprobs), starts), 0.0)
+def _verify(knowledge: Knowledge, rows: slice, gold_ids: NDArray[np.int32]) -> tuple[Floats, NDArray[np.uint8]]:
+    """Realised tokens' log-probabilities as the entries of these rows have them, float64 [R], and the rule broken
+    (FAULTS), [R]. gold_ids: of all rows.
+    """
+    sent, splits = knowledge, knowledge.entry_splits[rows.start : rows.stop + 1]
+    starts, counts = splits[:-1] - splits[0], np.diff(splits)
+    kept_logprobs, stated = sent.logprobs[splits[0] : splits[-1]], sent.gold_logprobs[rows].astype(np.float64)
+    largest = np.maximum.reduceat(kept_logprobs, starts).astype(np.float64)
+    smallest = np.minimum.reduceat(kept_logprobs, starts).astype(np.float64)
+    tail = np.maximum(1.0 - np.add.reduceat(np.exp(kept_logprobs.astype(np.float64)), starts), 0.0)
 
-    gold = np.flatnonzero(sent.token_ids == np.repeat(gold_ids, counts))
+    gold = np.flatnonzero(sent.token_ids[splits[0] : splits[-1]] == np.repeat(gold_ids[rows], counts))
     owners = np.searchsorted(starts, gold, side="right") - 1
-    kept, entry = np.zeros(sent.rows, np.bool_), stated.copy()
-    kept[owners], entry[owners] = True, logprobs[gold]
+    kept, entry = np.zeros(len(starts), np.bool_), stated.copy()
+    kept[owners], entry[owners] = True, kept_logprobs[gold]
 
     full = np.minimum(sent.header.top_k, sent.header.vocabulary_size)
     too_few = (counts < full) & (tail > (1.0 - sent.header.top_p) * TAIL_TOLERANCE + SMALLEST_TAIL)
@@ -115,13 +122,17 @@ def _verify(sent: Knowledge, gold_ids: NDArray[np.int32]) -> tuple[Floats, NDArr
     return entry, np.select([too_few, another, too_high, too_much], [1, 2, 3, 4], 0).astype(np.uint8)
 
 
-def _reasons(sent: Knowledge, faults: NDArray[np.uint8], sound: NDArray[np.bool_]) -> dict[int, str]:
-    """Public sample index -> the first broken rule of each sample that is not sound."""
+def _reasons(
+    sent: Knowledge, faults: NDArray[np.uint8], samples: slice, comparable: NDArray[np.intp]
+) -> dict[int, str]:
+    """Public sample index -> the first broken rule of each comparable sample with a fault; faults [R]: of `samples`."""
+    first_row = sent.row_splits[samples.start]
+    broken = np.searchsorted(sent.row_splits, np.flatnonzero(faults) + first_row, side="right") - 1
     reasons: dict[int, str] = {}
-    for position in np.flatnonzero(~sound):
+    for position in np.intersect1d(broken, comparable):
         start, stop = sent.row_splits[position : position + 2]
-        row = int(start + np.argmax(faults[start:stop] > 0))
-        what = FAULTS[faults[row]].format(
+        row = int(start + np.argmax(faults[start - first_row : stop - first_row] > 0))
+        what = FAULTS[faults[row - first_row]].format(
             top_k=sent.header.top_k, top_p=sent.header.top_p, gold=sent.gold_logprobs[row]
         )
         reasons[int(sent.samples[position])] = f"{sent.place(row)}: {what}"

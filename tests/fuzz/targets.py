@@ -50,7 +50,7 @@ def _decode_knowledge(data: bytes) -> bool:
 
 
 def _knowledge_seeds() -> list[bytes]:
-    shapes = [(1, 1, 4, 1), (2, 3, 70_000, 4), (3, 8, 512, 16), (1, 2, 1 << 20, 64)]
+    shapes = [(1, 1, 4, 1), (2, 3, 70_000, 4), (3, 8, 512, 16), (1, 2, 1 << 20, 64), (3, 8, 80, 40)]  # the last refers
     return [
         encode(random_knowledge(seed, samples=samples, rows_per_sample=rows, vocabulary_size=size, top_k=top_k))
         for seed, (samples, rows, size, top_k) in enumerate(shapes)
