@@ -9,8 +9,7 @@ import typer
 
 from fedmkt.extras import require
 
-if TYPE_CHECKING:  # pydantic and torch take far longer than --help may take
-    from fedmkt.ml.party import Party
+if TYPE_CHECKING:  # pydantic takes half of the time that --help may take
     from fedmkt.protocol import Evaluation
 
 
@@ -41,11 +40,12 @@ def evaluate(
     from rich.progress import Progress
 
     from fedmkt.ml.evaluation import evaluate as measure
+    from fedmkt.ml.merge import load_party
     from fedmkt.protocol import EvaluationConfig
     from fedmkt.public_set import PublicSet
 
     samples = PublicSet.from_jsonl(file.read_bytes()).samples
-    party = _party(model, adapter, device)
+    party = load_party(model, adapter, device)
     with Progress(console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task(f"{file.name} on {party.device}", total=None)
         found = measure(
@@ -59,22 +59,6 @@ def evaluate(
         typer.echo(json.dumps({name: each.model_dump(mode="json") for name, each in found.items()}, indent=2))
     else:
         _show(found)
-
-
-def _party(model: str, adapter: Path | None, device: str) -> "Party":
-    """The model as it is used in rounds; the LoRA layers of a fresh party change nothing."""
-    from dataclasses import replace
-
-    from fedmkt.ml.merge import with_adapter
-    from fedmkt.ml.models import load_base
-    from fedmkt.ml.party import Party
-    from fedmkt.protocol import LoraConfig
-
-    name, _, commit = (model, "", "") if Path(model).is_dir() else model.partition("@")
-    loaded = load_base(name, revision=commit or None, device=device)
-    if adapter is not None:
-        loaded = replace(loaded, model=with_adapter(adapter, loaded))
-    return Party(loaded, LoraConfig(rank=1), seed=0)
 
 
 def _show(found: "Mapping[str, Evaluation]") -> None:

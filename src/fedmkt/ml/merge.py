@@ -2,6 +2,7 @@
 
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +15,13 @@ from fedmkt.errors import Refusal
 from fedmkt.ml.adapters import CARD_NAME, CONFIG_NAME, AdaptersDiffer, MalformedAdapter, check_shapes, read_tensors
 from fedmkt.ml.model_card import config_digest, merged_card, read_facts
 from fedmkt.ml.models import LoadedModel, load_base, pick_dtype
-from fedmkt.ml.party import WEIGHTS_NAME
+from fedmkt.ml.party import WEIGHTS_NAME, Party
+from fedmkt.protocol import LoraConfig
+
+
+class QuantizedBase(Refusal):
+    code: ClassVar[str] = "adapter.quantized_base"
+    title: ClassVar[str] = "The adapter was trained on a base in fewer bits"
 
 
 class OtherBase(Refusal):
@@ -29,7 +36,8 @@ def merge_adapter(
     tokenizer, a card. Returns the names of its files.
 
     adapter: a PEFT folder, or one with the weights of full training. The sum is made on the CPU in float32 and rounded
-    to `dtype` once. Raises ModelRefused, OtherBase where the adapter's card names another base, AdaptersDiffer.
+    to `dtype` once. Raises ModelRefused, AdaptersDiffer; QuantizedBase or OtherBase where the adapter's card names
+    another base.
     """
     rounded = pick_dtype(dtype, torch.device("cpu"))
     loaded = load_base(base, revision=revision, device="cpu", dtype="float32")
@@ -46,6 +54,15 @@ def merge_adapter(
     return sorted(path.name for path in out.iterdir())
 
 
+def load_party(model: str, adapter: Path | None, device: str) -> Party:
+    """A folder or hub id (ID@COMMIT), with an adapter or as it is, to look at: a fresh party's LoRA changes nothing."""
+    name, _, commit = (model, "", "") if Path(model).is_dir() else model.partition("@")
+    loaded = load_base(name, revision=commit or None, device=device)
+    if adapter is not None:
+        loaded = replace(loaded, model=with_adapter(adapter, loaded))
+    return Party(loaded, LoraConfig(rank=1), seed=0)
+
+
 def with_adapter(adapter: Path, loaded: LoadedModel) -> PreTrainedModel:
     """The loaded model itself with `adapter` added to its weights. Raises AdaptersDiffer, MalformedAdapter."""
     return _with_lora(adapter, loaded) if (adapter / CONFIG_NAME).is_file() else _with_weights(adapter, loaded)
@@ -60,6 +77,11 @@ def _checked_card(adapter: Path, loaded: LoadedModel) -> str | None:
     facts = read_facts(card)
     if facts is None:
         return card
+    if facts.quantized is not None:
+        raise QuantizedBase(
+            f"{path} says that the adapter was trained, and its quality measured, on a base in {facts.quantized}; with "
+            "the full weights it makes another model. Load the base in as many bits, and the adapter beside it"
+        )
     for what, named, given in (
         ("vocabulary fingerprint", facts.base_vocabulary, loaded.vocabulary.fingerprint),
         ("config.json with SHA-256", facts.base_config, config_digest(loaded)),
