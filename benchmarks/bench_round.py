@@ -169,7 +169,10 @@ def federation() -> _Federation:
 
 
 def _measured(federation: _Federation, party: Party, work: Callable[[], object]) -> Stopwatch:
-    """Once to warm (maps, prefix relations, caches of every kind), once measured; the party is as it was after each."""
+    """Once to warm (maps, prefix relations, texts cut into tokens), once measured; the party is as it was after each.
+
+    So it is a round on a slice that came before: the first on a slice cuts its texts as well, once a vocabulary.
+    """
     before = party.snapshot()
     work()
     party.restore(before)

@@ -29,7 +29,7 @@ from fedmkt.alignment import (
 from fedmkt.knowledge import Knowledge, KnowledgeHeader
 from fedmkt.projection import Table, largest, sorted_rows, summed, through_buckets
 from fedmkt.public_set import PublicSample, PublicSet
-from fedmkt.tokenized_set import runs, take_rows
+from fedmkt.tokenized_set import _Remembered, runs, take_rows, tokenize
 from fedmkt.vocab_map import PrefixRelation, VocabMap, build_vocab_map, prefix_relation
 from fedmkt.vocabulary import Vocabulary
 
@@ -49,7 +49,6 @@ def knowledge(
 ) -> Knowledge:
     """Knowledge on `rows`: per row its kept probabilities and the probability of the realised token."""
     header = KnowledgeHeader(
-        format_version=1,
         federation_id="fed_" + "0" * 16,
         round_number=0,
         slice_index=0,
@@ -259,6 +258,25 @@ def test_no_samples_are_no_rows_and_wrong_indices_are_errors() -> None:
     for wrong in ([1, 0], [0, 0], [-1], [2]):
         with pytest.raises(ValueError, match="strictly ascending indices into a public set of 2"):
             tokenize_set(vocabulary, found, wrong, 10)
+
+
+def test_what_is_remembered_is_bounded_and_never_another_text_or_vocabulary() -> None:
+    vocabulary, other = small.vocabulary("byte_level"), small.vocabulary("unigram")
+    memory = _Remembered(6000)
+    first, second = (PublicSample("same id", text, 0, False) for text in ("a" * 4000, "b" * 100))
+    cuts = {sample: tokenize(vocabulary, [sample], 8)[0] for sample in (first, second)}
+    memory.put(vocabulary, 8, first, cuts[first])  # 4000 of text, 1000 of objects, 3 arrays of at most 32 bytes
+    memory.put(vocabulary, 8, second, cuts[second])  # together above 6000: the older one goes
+    assert memory.get(vocabulary, 8, [first, second]) == [None, cuts[second]]
+    assert memory.get(vocabulary, 9, [second]) == memory.get(other, 8, [second]) == [None]
+    for _ in range(5):  # the same again weighs nothing
+        memory.put(vocabulary, 8, second, cuts[second])
+    memory.put(vocabulary, 8, replace(first, text="c"), cuts[first])
+    assert memory.get(vocabulary, 8, [second]) == [cuts[second]]
+    memory.clear()
+    assert memory.get(vocabulary, 8, [second]) == [None]
+    again, short = tokenize(vocabulary, [second], 100)[0], tokenize(vocabulary, [second], 8)[0]
+    assert len(again.ids) > len(short.ids) == 8
 
 
 # ------------------------------------------------------------------------------------------------ projection by hand

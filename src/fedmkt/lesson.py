@@ -270,15 +270,17 @@ def _as_targets(knowledge: Knowledge, positions: Positions) -> SparseTargets:
     """Knowledge in the receiver's own tokens as it is, on the samples at `positions`; every row is supervised."""
     rows, _ = take_rows(knowledge.row_splits, positions)
     entries, owners = take_rows(knowledge.entry_splits, rows)
-    probs = np.exp(knowledge.logprobs[entries])
-    some = probs > 0  # the rarest may underflow
-    kept = np.bincount(owners, probs, rows.size)
+    ids, probs = knowledge.token_ids[entries], np.exp(knowledge.logprobs[entries])
+    residual = np.maximum(1.0 - np.bincount(owners, probs, rows.size), 0.0)
+    if not probs.all():  # the rarest underflowed
+        some = probs > 0
+        ids, owners, probs = ids[some], owners[some], probs[some]
     return SparseTargets(
         row_splits=_splits(np.diff(knowledge.row_splits)[positions]),
-        splits=_splits(np.bincount(owners[some], minlength=rows.size)),
-        ids=knowledge.token_ids[entries][some],
-        probs=probs[some],
-        residual=np.maximum(1.0 - kept, 0.0).astype(np.float32),
+        splits=_splits(np.bincount(owners, minlength=rows.size)),
+        ids=ids,
+        probs=probs,
+        residual=residual.astype(np.float32),
         supervised=np.ones(rows.size, np.bool_),
     )
 

@@ -2,46 +2,21 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmkt.errors import Refusal
-from fedmkt.public_set import PublicSample
-from fedmkt.tokenized_set import response_rows
-from fedmkt.vocabulary import Vocabulary
+from fedmkt.tokenized_set import TokenSample, tokenize
 
-Ints = NDArray[np.int32]
-TEXTS_PER_CALL = 1024  # to the tokenizer: bounds memory, large enough to use every core
-REMEMBERED_SETS, REMEMBERED_SAMPLES = 6, 4096  # 25 MB a set at 512 tokens a sample
+__all__ = ["Batch", "SampleTooLong", "TokenSample", "by_length", "check_positions", "collate", "tokenize"]
 
 
 class SampleTooLong(Refusal):
     code: ClassVar[str] = "model.sample_too_long"
     title: ClassVar[str] = "A sample has more tokens than the model has positions"
-
-
-@dataclass(frozen=True, slots=True)
-class TokenSample:
-    """One sample in tokens: bos, text, eos where it ends, cut at `max_tokens`.
-
-    ids int32 [T]; ends int32 [T] bytes; rows int32 [R], the positions j >= 1 of the response rows, each predicted from
-    tokens 0..j-1. A sample that is cut before its response has no rows.
-    """
-
-    id: str
-    ids: Ints
-    ends: Ints
-    rows: Ints
-
-    @property
-    def response_bytes(self) -> int:
-        """Bytes from the first row's context end to the last row's token end."""
-        return int(self.ends[-1] - self.ends[self.rows[0] - 1]) if len(self.rows) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +29,6 @@ class Batch:
     attention_mask: Tensor
     places: Tensor
     gold: Tensor
-
-
-def tokenize(vocabulary: Vocabulary, samples: Iterable[PublicSample], max_tokens: int) -> list[TokenSample]:
-    """The rows are those of `fedmkt.tokenized_set.tokenize_set`, with the tokens around them.
-
-    The sets that were asked for last are remembered, if they are small: a round asks for the same ones several times.
-    """
-    everything = tuple(samples)
-    make = _tokenized if len(everything) <= REMEMBERED_SAMPLES else _tokenized.__wrapped__
-    return list(make(vocabulary, everything, max_tokens))
-
-
-@lru_cache(maxsize=REMEMBERED_SETS)
-def _tokenized(
-    vocabulary: Vocabulary, everything: tuple[PublicSample, ...], max_tokens: int
-) -> tuple[TokenSample, ...]:
-    found: list[TokenSample] = []
-    for start in range(0, len(everything), TEXTS_PER_CALL):
-        part = everything[start : start + TEXTS_PER_CALL]
-        encodings = vocabulary.encode_batch(
-            [sample.text for sample in part], add_eos=[sample.ends for sample in part], max_tokens=max_tokens
-        )
-        for sample, encoding in zip(part, encodings, strict=True):
-            rows = response_rows(encoding, sample.response_start)
-            found.append(TokenSample(sample.id, encoding.ids, encoding.ends, rows))
-    return tuple(found)
 
 
 def check_positions(samples: Iterable[TokenSample], positions: int | None) -> None:
@@ -96,18 +45,18 @@ def collate(samples: Sequence[TokenSample], device: torch.device) -> Batch:
     """Pad on the right whatever the tokenizer's own side is: with causal attention no real token sees the padding, so
     default positions are right for every architecture and no position ids are needed.
     """
-    longest = max(len(sample.ids) for sample in samples)
-    ids, mask = (np.zeros((len(samples), longest), dtype=np.int64) for _ in range(2))
-    for index, sample in enumerate(samples):
-        ids[index, : len(sample.ids)] = sample.ids
-        mask[index, : len(sample.ids)] = 1
-    places = np.concatenate([index * longest + sample.rows - 1 for index, sample in enumerate(samples)])
-    gold = np.concatenate([sample.ids[sample.rows] for sample in samples])
+    lengths = np.array([len(sample.ids) for sample in samples])
+    longest = int(lengths.max())
+    mask = np.arange(longest) < lengths[:, None]
+    ids = np.zeros(mask.shape, dtype=np.int64)
+    ids[mask] = np.concatenate([sample.ids for sample in samples])
+    rows = np.concatenate([sample.rows for sample in samples]).astype(np.int64)
+    places = rows + np.repeat(np.arange(len(samples)) * longest - 1, [len(sample.rows) for sample in samples])
     return Batch(
         input_ids=torch.from_numpy(ids).to(device),
-        attention_mask=torch.from_numpy(mask).to(device),
-        places=torch.from_numpy(places.astype(np.int64)).to(device),
-        gold=torch.from_numpy(gold.astype(np.int64)).to(device),
+        attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
+        places=torch.from_numpy(places).to(device),
+        gold=torch.from_numpy(ids.reshape(-1)[places + 1]).to(device),
     )
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from fedmkt.alignment import SparseTargets
 from fedmkt.errors import Refusal
 from fedmkt.ml.batches import TokenSample
-from fedmkt.tokenized_set import take_rows
 
 
 class NothingToLearn(Refusal):
@@ -119,29 +118,26 @@ def row_targets(items: Sequence[Item], device: torch.device) -> RowTargets:
     columns = (gold, soft * supervised, ids, probs, residual)
     dtypes = (np.float32, np.float32, np.int64, np.float32, np.float32)
     return RowTargets(
-        *(torch.from_numpy(column.astype(dtype)).to(device) for column, dtype in zip(columns, dtypes, strict=True))
+        *(torch.from_numpy(np.asarray(column, dtype)).to(device) for column, dtype in zip(columns, dtypes, strict=True))
     )
 
 
 def _soft_rows(items: Sequence[Item], counts: list[int]) -> tuple[NDArray[np.generic], ...]:
     """ids (R, K), probs (R, K), residual (R,), supervised (R,) with the widest row's K; 0 without soft targets."""
-    total = sum(counts)
-    starts = np.cumsum([0, *counts])
-    found: list[tuple[NDArray[np.int64], NDArray[np.int64], SparseTargets, NDArray[np.int64]]] = []
+    starts, total = np.cumsum([0, *counts]), sum(counts)
     residual, supervised = np.zeros(total, dtype=np.float32), np.zeros(total, dtype=bool)
-    width = 0
+    widths = np.zeros(total, dtype=np.int64)
+    found = [(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float32))]
     for item, start, count in zip(items, starts, counts, strict=False):
-        targets = item.part.targets
-        if targets is None:
+        if (targets := item.part.targets) is None:
             continue
-        rows = np.arange(targets.row_splits[item.place], targets.row_splits[item.place + 1])
-        residual[start : start + count] = targets.residual[rows]
-        supervised[start : start + count] = targets.supervised[rows]
-        entries, owners = take_rows(targets.splits, rows)
-        columns = entries - targets.splits[rows].astype(np.int64)[owners]
-        found.append((owners + start, columns, targets, entries))
-        width = max(width, int(columns.max(initial=-1)) + 1)
-    ids, probs = np.full((total, width), -1, dtype=np.int64), np.zeros((total, width), dtype=np.float32)
-    for owners, columns, targets, entries in found:
-        ids[owners, columns], probs[owners, columns] = targets.ids[entries], targets.probs[entries]
+        first, last = targets.row_splits[item.place : item.place + 2]
+        splits = targets.splits[first : last + 1]
+        residual[start : start + count] = targets.residual[first:last]
+        supervised[start : start + count] = targets.supervised[first:last]
+        widths[start : start + count] = np.diff(splits)
+        found.append((targets.ids[splits[0] : splits[-1]], targets.probs[splits[0] : splits[-1]]))
+    filled = np.arange(widths.max(initial=0)) < widths[:, None]
+    ids, probs = np.full(filled.shape, -1, dtype=np.int64), np.zeros(filled.shape, dtype=np.float32)
+    ids[filled], probs[filled] = (np.concatenate(column) for column in zip(*found, strict=True))
     return ids, probs, residual, supervised
