@@ -62,9 +62,9 @@ test: $(STAMP)  ## run every test: units and services side by side, then whole r
 	@mkdir -p runs/test && rm -f runs/test/*
 	@status=0; \
 	echo "test: units and services, $(PYTEST_WORKERS) at a time"; \
-	$(PYTEST) -m 'not e2e and not chaos' -n $(PYTEST_WORKERS) --ignore $(COMPOSE_TESTS) 2>&1 | tee runs/test/1-units-and-services.log || status=$$?; \
+	$(PYTEST) -m 'not e2e and not chaos and not long' -n $(PYTEST_WORKERS) --ignore $(COMPOSE_TESTS) 2>&1 | tee runs/test/1-units-and-services.log || status=$$?; \
 	echo "test: whole rounds, one after the other"; \
-	$(PYTEST) -m 'e2e and not chaos' -p no:xdist --ignore $(COMPOSE_TESTS) 2>&1 | tee runs/test/2-rounds.log || status=$$?; \
+	$(PYTEST) -m 'e2e and not chaos and not long' -p no:xdist --ignore $(COMPOSE_TESTS) 2>&1 | tee runs/test/2-rounds.log || status=$$?; \
 	echo $$status > runs/test/exit-status; \
 	echo "test: summary"; \
 	tail -qn 1 runs/test/1-units-and-services.log runs/test/2-rounds.log; \
@@ -73,6 +73,10 @@ test: $(STAMP)  ## run every test: units and services side by side, then whole r
 .PHONY: load
 load: $(STAMP)  ## 1,000 agents, 64 uploads at once, ingest and polls beside bare servers, a soak; PARTS="polls ingest crowd soak"
 	@mkdir -p runs/load && $(VENV)/bin/python tests/load/run_load.py $(PARTS)
+
+.PHONY: endurance
+endurance: $(STAMP)  ## 20 rounds with agents killed at random beside 20 undisturbed ones; ARGS="--rounds 20 --seed 0"
+	@$(VENV)/bin/python tests/endurance/run_endurance.py $(ARGS)
 
 .PHONY: chaos
 chaos: $(STAMP)  ## kill every process at every fault point, any at random for MINUTES=2 (SEED= again), and break lines
@@ -96,7 +100,7 @@ fuzz-api: $(STAMP)  ## fuzz the whole HTTP API as every role and as nobody, for 
 
 .PHONY: unit
 unit: $(STAMP)  ## run the unit tests alone: no PostgreSQL, no Redis, no processes
-	@$(PYTEST) -m 'not services and not e2e' -n $(PYTEST_WORKERS) --ignore $(COMPOSE_TESTS)
+	@$(PYTEST) -m 'not services and not e2e and not long' -n $(PYTEST_WORKERS) --ignore $(COMPOSE_TESTS)
 
 .PHONY: lint
 lint: $(STAMP)  ## format, lint and types
@@ -125,6 +129,10 @@ lock:  ## renew constraints.txt with the newest versions that pyproject.toml all
 	@build/lock/bin/python deploy/lock.py > build/lock/constraints.txt
 	@mv build/lock/constraints.txt constraints.txt && rm -r build/lock
 	@git --no-pager diff --stat constraints.txt
+
+.PHONY: troubleshooting
+troubleshooting: $(STAMP)  ## renew docs/troubleshooting.md from the problems in the source
+	@$(VENV)/bin/python -W ignore deploy/troubleshooting.py > docs/troubleshooting.md
 
 .PHONY: clean
 clean:  ## remove the environment, caches and build output; runs/ stays

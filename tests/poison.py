@@ -23,6 +23,7 @@ from fedmkt.ml.models import load_base
 from fedmkt.ml.party import Party
 from fedmkt.ml.phases import distil_phase, own_knowledge, private_phase, public_evaluations
 from fedmkt.protocol import (
+    DistillationConfig,
     FederationConfig,
     GateConfig,
     KnowledgeConfig,
@@ -42,6 +43,7 @@ from tiny_models import save_tiny
 SITES = {"north": "llama", "south": "qwen2", "east": "gpt_neox", "west": "qwen2"}
 LIAR = "west"  # one of four: a quarter of the sites
 FEDERATION = "fed_0123456789abcdef"
+MARGINS = (0.05, 0.0)  # in nats per byte: the default, and the one with which a liar needs least to win
 NO_GATE = GateConfig(max_regression_bits_per_byte=100.0)
 PUBLIC = PublicSet.from_jsonl(stories(0, 80))
 
@@ -214,10 +216,17 @@ class SmallFederation:
         plan = self.plan(number, self.config)
         return read_teacher(name, plan, knowledge=encode(sent), vocabulary=words, vocab_map=vocab_map.to_bytes())
 
+    def with_margin(self, nats_per_byte: float) -> DistillationConfig:
+        """How much better than the receiver a teacher has to be; all else as it is here."""
+        return self.config.distillation.model_copy(update={"margin_nats_per_byte": nats_per_byte})
+
     def run(
         self, lies: Mapping[str, Lie], without: Sequence[str] = (), band: float | None = None, **changes: object
     ) -> Outcome:
-        """Some rounds with these lies and without these sites; `changes` replace fields of the configuration."""
+        """Some rounds with these lies and without these sites; `changes` replace fields of the configuration.
+
+        The margin is 0 unless they name another: what holds here holds with any.
+        """
         config = self.config.model_copy(update=changes)
         llm = Party(load_base(self._llm, device="cpu"), config.lora, seed=self.seed)
         llm.load_adapter_bytes(self._adapter)
@@ -269,17 +278,23 @@ def main(seeds: int, rounds: int, band: float | None = None) -> None:
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
             federation = SmallFederation(Path(folder), seed, rounds)
-            without = federation.run({}, without=[LIAR], band=band)
-            print(
-                f"seed {seed}, without {LIAR}: {' '.join(f'{each:.4f}' for each in without.bits_per_byte)} bits a byte"
-            )
-            for name, lie in {"honest": None, **BLUNT, **SUBTLE}.items():
-                out = federation.run({LIAR: lie} if lie else {}, band=band)
-                print(
-                    f"  {name:32} {out.bits_per_byte[-1]:.4f} ({change(out, without):+.2%}); taught "
-                    f"{out.taught_by_liar}, refused {out.refused_of_liar}, gates {' '.join(out.gates)}",
-                    flush=True,
-                )
+            for margin in MARGINS:
+                measure(federation, federation.with_margin(margin), band)
+
+
+def measure(federation: SmallFederation, distillation: DistillationConfig, band: float | None) -> None:
+    """Print what each lie does."""
+    without = federation.run({}, without=[LIAR], band=band, distillation=distillation)
+    losses = " ".join(f"{each:.4f}" for each in without.bits_per_byte)
+    margin = distillation.margin_nats_per_byte
+    print(f"seed {federation.seed}, margin {margin:g}, without {LIAR}: {losses} bits a byte")
+    for name, lie in {"honest": None, **BLUNT, **SUBTLE}.items():
+        out = federation.run({LIAR: lie} if lie else {}, band=band, distillation=distillation)
+        print(
+            f"  {name:32} {out.bits_per_byte[-1]:.4f} ({change(out, without):+.2%}); taught "
+            f"{out.taught_by_liar}, refused {out.refused_of_liar}, gates {' '.join(out.gates)}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

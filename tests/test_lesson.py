@@ -19,9 +19,10 @@ from fedmkt.knowledge import EmptyKnowledge, Knowledge, KnowledgeHeader, decode,
 from fedmkt.lesson import Lesson, OwnKnowledgeDiffers, Teacher, TeacherSource, prepare_lesson
 from fedmkt.protocol import DistillationConfig
 from fedmkt.public_set import PublicSet
-from fedmkt.tokenized_set import tokenize_set
+from fedmkt.tokenized_set import REMEMBERED, tokenize_set
 from fedmkt.vocab_map import build_vocab_map, prefix_relation
 from fedmkt.vocabulary import Vocabulary
+from fedmkt.vocabulary_process import VocabularyProcess
 
 MAX_TOKENS = 128
 SAMPLES = (1, 2, 4, 5, 7, 8)
@@ -315,6 +316,17 @@ def test_a_source_that_is_refused_while_loading_is_left_out_and_named() -> None:
 
     found = lesson([TeacherSource("broken", broken), teacher("good", GOOD)])
     assert found.refused_teachers == {"broken": "the blob holds no sample"}
+    assert set(found.taught_by) == {"good"}
+
+
+def test_a_teacher_whose_vocabulary_ends_the_process_that_cuts_with_it_is_left_out_and_named() -> None:
+    with VocabularyProcess() as process:
+        odd = teacher("odd", GOOD, process.read(TEACHER.to_bytes()))
+        assert process._child is not None
+        process._child.kill()
+        REMEMBERED.clear()  # the texts were cut to make the knowledge
+        found = lesson([odd, teacher("good", GOOD)])
+    assert "the process that worked on it was ended" in found.refused_teachers["odd"]
     assert set(found.taught_by) == {"good"}
 
 

@@ -20,10 +20,10 @@ from fedmkt.ml.adapters import (
     MAX_CARD_BYTES,
     TENSORS_NAME,
     AdapterTooLarge,
-    average_adapters,
     unpack_adapter,
     with_card,
 )
+from fedmkt.ml.averaging import Contribution, average_adapters
 from fedmkt.ml.model_card import adapter_card, config_digest, merged_card, read_facts
 from fedmkt.ml.models import load_base
 from fedmkt.ml.party import Party
@@ -233,7 +233,7 @@ def test_an_adapter_with_its_card_is_a_tar_of_three_files(folder: Path) -> None:
     told, expected = unpack_adapter(blob), unpack_adapter(bare)
     assert told.config == expected.config
     assert all(np.array_equal(told.tensors[name], expected.tensors[name]) for name in expected.tensors)
-    assert average_adapters([(blob, 1)]) == bare
+    assert average_adapters([Contribution("north", blob, 1)]).blob == bare
     assert blob == with_card(bare, "# Ä card\n")
 
 

@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel, ByT5Tokenizer
 
+from fedmkt.knowledge import encode
+from fedmkt.ml.extraction import extract
 from fedmkt.ml.lora import NoSuchTarget, add_lora, reset_lora, trainable
+from fedmkt.ml.memory import peak_bytes
 from fedmkt.ml.models import (
     LoadedModel,
     ModelRefused,
@@ -23,8 +27,11 @@ from fedmkt.ml.models import (
     pick_device,
     pick_dtype,
 )
-from fedmkt.protocol import LoraConfig
-from tiny_models import ARCHITECTURES, PADDED_HEAD, POSITIONS, save_tiny
+from fedmkt.ml.party import Party
+from fedmkt.ml.training import train_private
+from fedmkt.protocol import LoraConfig, OptimizerConfig
+from fedmkt.public_set import PublicSample, PublicSet
+from tiny_models import ARCHITECTURES, PADDED_HEAD, POSITIONS, save_tiny, story
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +237,85 @@ def test_initial_values_follow_from_seed_and_name_alone(folders: dict[str, Path]
     reset_lora(second, 8)
     name = next(name for name in trainable(first) if ".lora_A." in name)
     assert not torch.equal(trainable(first)[name], trainable(second)[name])
+
+
+# ------------------------------------------------------------------------------------------------ every architecture
+
+
+TEXTS = PublicSet(tuple(PublicSample(f"s{number}", story(number), 0, True) for number in range(8)))
+
+
+def know(party: Party) -> bytes:
+    return encode(
+        extract(
+            party,
+            TEXTS,
+            range(len(TEXTS)),
+            federation_id="fed_0123456789abcdef",
+            round_number=1,
+            slice_index=0,
+            adapter_version=0,
+            top_k=8,
+            top_p=0.9,
+            max_tokens=POSITIONS,
+        )
+    )
+
+
+def learn(party: Party, epochs: float = 1) -> list[float]:
+    """Losses by step, and the adapter's weights behind them."""
+    losses: list[float] = []
+    config = OptimizerConfig(learning_rate=0.01, batch_size=4, warmup_steps=0)
+    progress = partial(_note, losses)
+    train_private(
+        party, TEXTS.samples, optimizer=config, epochs=epochs, seed=0, micro_batch_tokens=8192, progress=progress
+    )
+    return losses
+
+
+def _note(losses: list[float], done: int, total: int, loss: float) -> None:
+    losses.append(loss)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_side_on_which_a_tokenizer_pads_changes_nothing(
+    folders: dict[str, Path], tmp_path: Path, architecture: str
+) -> None:
+    found = []
+    for side in ("left", "right"):
+        folder = Path(shutil.copytree(folders[architecture], tmp_path / side / "model"))
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": side}))
+        loaded = tiny(folder)
+        assert loaded.tokenizer.padding_side == side
+        party = Party(loaded, LoraConfig(rank=2), seed=0)
+        found.append((know(party), learn(party), party.adapter_bytes()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradient_checkpointing_takes_less_memory_and_the_same_steps(
+    folders: dict[str, Path], architecture: str
+) -> None:
+    plain, saving = (
+        Party(tiny(folders[architecture]), LoraConfig(rank=2), seed=0, gradient_checkpointing=saves)
+        for saves in (False, True)
+    )
+    peaks = [peak_bytes(party.device, partial(learn, party)) for party in (plain, saving)]
+    assert peaks[1] < 0.8 * peaks[0]
+    assert learn(saving) == pytest.approx(learn(plain), rel=1e-4)
+    for name, weight in plain.weights.items():
+        torch.testing.assert_close(saving.weights[name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["stories260K", "babyllama-105", "babyllama-361"])
+def test_real_models_learn_with_lora_and_checkpointing(data_dir: Path, name: str) -> None:
+    loaded = tiny(data_dir / "models" / name)
+    party = Party(loaded, LoraConfig(rank=4, alpha=8), seed=0, gradient_checkpointing=True)
+    assert {weight.split(".lora_")[0].rsplit(".", 1)[-1] for weight in party.weights} == set(EXPECTED_TARGETS["llama"])
+    losses = learn(party, epochs=6)
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.data

@@ -21,10 +21,10 @@ from fedmkt.ml.adapters import (
     AdaptersDiffer,
     AdapterTooLarge,
     MalformedAdapter,
-    average_adapters,
     pack_adapter,
     unpack_adapter,
 )
+from fedmkt.ml.averaging import Contribution, average_adapters
 from fedmkt.ml.models import load_base
 from fedmkt.ml.party import Party
 from fedmkt.ml.party_folder import PartyFolderRefused
@@ -282,30 +282,12 @@ def test_an_adapter_that_does_not_fit_changes_nothing(folders: dict[str, Path]) 
     assert mine.adapter_bytes() == before
 
 
-def test_the_average_is_weighted_by_samples() -> None:
-    def adapter(value: float) -> bytes:
-        return pack_adapter(Adapter({"r": 1, "peft_type": "LORA"}, {"a": np.array([value, 2 * value], np.float32)}))
-
-    mean = average_adapters([(adapter(1.0), 300), (adapter(5.0), 100)])
-    assert unpack_adapter(mean).tensors["a"].tolist() == [2.0, 4.0]
-    assert unpack_adapter(mean).config == {"r": 1, "peft_type": "LORA"}
-    assert average_adapters([(adapter(0.1), 7)]) == adapter(0.1)
-    assert average_adapters([(adapter(0.1), 1), (adapter(0.1), 2), (adapter(0.1), 3)]) == adapter(0.1)
-
-
-def test_what_cannot_be_averaged_is_refused() -> None:
-    one = pack_adapter(Adapter({"r": 1}, {"a": np.zeros(2, np.float32)}))
-    other = pack_adapter(Adapter({"r": 1}, {"b": np.zeros(2, np.float32)}))
-    with pytest.raises(AdaptersDiffer, match="2 names differ"):
-        average_adapters([(one, 1), (other, 1)])
-    for parts in ([], [(one, 0.0)], [(one, -1.0)], [(one, float("nan"))]):
-        with pytest.raises(ValueError, match="positive weights"):
-            average_adapters(parts)
-
-
 def test_averaged_parties_predict_between_the_two(folders: dict[str, Path]) -> None:
     first, second, mean = (party(folders["llama"]) for _ in range(3))
     step(first, 3)
-    mean.load_adapter_bytes(average_adapters([(first.adapter_bytes(), 1), (second.adapter_bytes(), 1)]))
+    given = [Contribution(name, each.adapter_bytes(), 1) for name, each in (("first", first), ("second", second))]
+    average = average_adapters(given).blob
+    assert average is not None
+    mean.load_adapter_bytes(average)
     a, b, between = (each.weights["model.layers.0.mlp.up_proj.lora_B.default.weight"] for each in (first, second, mean))
     torch.testing.assert_close(between, (a + b) / 2)

@@ -12,6 +12,7 @@ from fedmkt.knowledge import Knowledge
 from fedmkt.knowledge_cut import shared_knowledge
 from fedmkt.knowledge_file import KnowledgeFileUnreadable, read_knowledge_file, write_knowledge_file
 from fedmkt.lesson import Lesson, prepare_lesson
+from fedmkt.ml.adapters import Adapter, pack_adapter, unpack_adapter
 from fedmkt.ml.checkpoints import Checkpoints
 from fedmkt.ml.extraction import WIDE_TOP_K, WIDE_TOP_P, extract
 from fedmkt.ml.models import load_base
@@ -31,13 +32,17 @@ from fedmkt.ml.phases import (
 from fedmkt.ml.training import TrainingDiverged
 from fedmkt.private_set import split_private
 from fedmkt.protocol import (
+    ApplyReport,
     DistillationConfig,
     Evaluation,
     GateConfig,
+    GateReport,
     KnowledgeConfig,
     OptimizerConfig,
     PrivateConfig,
     PublicSetConfig,
+    SelectionReport,
+    TrainingReport,
 )
 from fedmkt.public_set import PublicSet
 from fedmkt.round_plan import NoSuchSlice, RoundPlan
@@ -303,6 +308,8 @@ def test_a_site_that_got_worse_on_its_own_text_is_put_back_bit_for_bit(party: Pa
         party, plan, None, SpoilingTeach(plan, party), private=PRIVATE.train, private_holdout=PRIVATE.holdout
     )
     assert applied.gate.decision == "rolled_back"
+    assert applied.gate.before_bits_per_byte is not None
+    assert applied.gate.after_bits_per_byte is not None
     assert applied.gate.after_bits_per_byte > applied.gate.before_bits_per_byte
     assert "worse on held-out text, at most 0 allowed" in applied.gate.reason
     assert (party.adapter_bytes(), party.steps) == (before, steps)
@@ -366,6 +373,78 @@ def test_an_averaged_adapter_comes_first_and_knowledge_is_made_anew(party: Party
     )
     assert heard[0].equals(fresh)
     assert not heard[0].equals(stale)
+
+
+def test_an_average_that_makes_a_site_worse_is_taken_back_with_the_adapter_it_replaced(
+    party: Party, skilled: bytes
+) -> None:
+    plan = plan_of(gate=STRICT)
+    party.load_adapter_bytes(skilled)
+    good = unpack_adapter(skilled)
+    spoilt = pack_adapter(Adapter(good.config, {name: 1000 * value for name, value in good.tensors.items()}))
+    before, steps = party.adapter_bytes(), party.steps
+    applied = apply_phase(
+        party,
+        plan,
+        None,
+        Teach(plan, party),
+        private=PRIVATE.train,
+        private_holdout=PRIVATE.holdout,
+        averaged=spoilt,
+    )
+    assert applied.gate.decision == "rolled_back"
+    assert (party.adapter_bytes(), party.steps) == (before, steps)
+
+
+# ------------------------------------------------------------------------------------ apply with differential privacy
+
+
+def test_without_private_text_nothing_is_replayed_and_the_public_part_decides(party: Party, skilled: bytes) -> None:
+    plan = plan_of(gate=STRICT)
+    party.load_adapter_bytes(skilled)
+    before, public = party.adapter_bytes(), public_evaluations(party, plan)
+    applied = apply_phase(party, plan, None, SpoilingTeach(plan, party), private=None, private_holdout=())
+    assert applied.training is not None
+    assert applied.training.samples == len(plan.samples), "with replay it would be twice as many"
+    assert applied.gate.decision == "rolled_back"
+    assert applied.gate.before_bits_per_byte == public["all"].bits_per_byte
+    assert party.adapter_bytes() == before
+
+
+def test_with_nothing_held_out_a_site_without_private_text_keeps_what_it_learned(party: Party) -> None:
+    plan = plan_of(public_set=PublicSetConfig(slices=2, holdout_share=0.0))
+    before = party.adapter_bytes()
+    applied = apply_phase(party, plan, None, Teach(plan, party), private=None, private_holdout=())
+    assert applied.gate == GateReport(decision="kept")
+    assert party.adapter_bytes() != before
+
+    def teach(own: Knowledge) -> Lesson:
+        poison(party)
+        return Teach(plan, party)(own)
+
+    kept = party.adapter_bytes()
+    applied = apply_phase(party, plan, None, teach, private=None, private_holdout=())
+    assert applied.gate.decision == "rolled_back"
+    assert applied.gate.reason.startswith("training.nan: ")
+    assert (applied.gate.before_bits_per_byte, party.adapter_bytes()) == (None, kept)
+
+
+def test_a_report_goes_without_the_figures_of_private_text() -> None:
+    loss = TrainingReport(steps=4, samples=32, seconds=1.0, first_loss_nats=3.0, last_loss_nats=2.0)
+    report = ApplyReport(
+        selection=SelectionReport(taught={"llm": 3}),
+        gate=gate(rated(2.0), rated(2.5), STRICT),
+        before=rated(3.0),
+        after=rated(2.9),
+        training=(loss, loss),
+        bytes_up=10,
+        bytes_down=20,
+    )
+    bare = report.without_local_metrics()
+    assert bare.gate == GateReport(decision="rolled_back")
+    assert bare.training == (TrainingReport(steps=4, samples=32, seconds=1.0),) * 2
+    assert (bare.before, bare.after, bare.selection) == (report.before, report.after, report.selection)
+    assert ApplyReport.model_validate_json(bare.model_dump_json()) == bare
 
 
 # ------------------------------------------------------------------------------------------------------------ distil

@@ -1,9 +1,7 @@
 """What one lying site of four does to the LLM, on small real models and the product's own way from wire to weights.
 
-FEDMKT_LONG=1 takes more seeds and more rounds. `python tests/poison.py 3 2` prints the figures of docs/security.md.
+`pytest -m long` takes more seeds and more rounds. `python tests/poison.py 3 2` prints the figures of docs/security.md.
 """
-
-import os
 
 import numpy as np
 import pytest
@@ -29,13 +27,17 @@ from poison import (
     right_with,
 )
 
-SEEDS, ROUNDS = ((0, 1, 2), 6) if os.environ.get("FEDMKT_LONG") else ((0,), 2)
+LONG = [
+    pytest.param((seed, 6), marks=[pytest.mark.long, pytest.mark.timeout(1800)], id=f"seed {seed}, six rounds")
+    for seed in (0, 1, 2)
+]
 PROMISED = 0.01  # how much a poisoned quarter of the sites may change the LLM's held-out loss
 
 
-@pytest.fixture(scope="module", params=SEEDS)
+@pytest.fixture(scope="module", params=[pytest.param((0, 2), id="seed 0, two rounds"), *LONG])
 def federation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SmallFederation:
-    return SmallFederation(tmp_path_factory.mktemp("federation"), request.param, ROUNDS)
+    seed, rounds = request.param
+    return SmallFederation(tmp_path_factory.mktemp("federation"), seed, rounds)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,16 @@ def test_a_quarter_of_the_sites_that_lies_changes_the_llm_by_at_most_one_percent
 ) -> None:
     """Random distributions, inverted ones, and random ones that claim to be right: none is ever chosen to teach."""
     poisoned = federation.run({LIAR: BLUNT[lie]})
+    assert abs(change(poisoned, without)) <= PROMISED
+    assert poisoned.taught_by_liar == 0
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("lie", ["random", "inverted"])
+def test_the_same_holds_with_the_default_margin(federation: SmallFederation, lie: str) -> None:
+    distillation = federation.with_margin(DistillationConfig().margin_nats_per_byte)
+    without = federation.run({}, without=[LIAR], distillation=distillation)
+    poisoned = federation.run({LIAR: BLUNT[lie]}, distillation=distillation)
     assert abs(change(poisoned, without)) <= PROMISED
     assert poisoned.taught_by_liar == 0
 
@@ -119,7 +131,7 @@ def test_what_a_liar_that_is_right_on_the_text_can_do_is_bounded_and_measured(
     """It is not within one percent, and docs/security.md says so: one wrong token everywhere costs most."""
     outcome = federation.run({LIAR: one_wrong_token(0.9)})
     assert outcome.taught_by_liar > 0
-    assert 0 < change(outcome, without) < 0.05 * ROUNDS, "it adds up over rounds"
+    assert 0 < change(outcome, without) < 0.05 * federation.rounds, "it adds up over rounds"
     limit = federation.config.gate.max_regression_bits_per_byte
     steps = np.diff(outcome.bits_per_byte)
     assert (steps <= limit).all(), "the gate bounds every round"

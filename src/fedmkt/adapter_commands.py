@@ -43,6 +43,7 @@ class NothingToDownload(Refusal):
     status = 409
     code = "adapter.no_artifact"
     title = "The version has no adapter"
+    remedy = "Use the base model as it is, or name a later version: `fedmkt adapter list FEDERATION`."
 
 
 @adapter_app.command("list")

@@ -21,17 +21,26 @@ class AuditBroken(Refusal):
     status = 409
     code = "audit.broken"
     title = "The audit log was tampered with"
+    remedy = (
+        "Stop, keep a copy of the database, and compare the rows named with a backup: somebody wrote past the "
+        "coordinator."
+    )
 
 
 class AuditUnreadable(Refusal):
     code = "audit.unreadable"
     title = "The file is not what it should be"
+    remedy = "Give the file that `fedmkt audit export` or --save-head wrote, unchanged."
 
 
 class HeadUntrusted(Refusal):
     status = 409
     code = "audit.head_untrusted"
     title = "The head of the audit log is not signed as it should be"
+    remedy = (
+        "Ask the operator whether the signing key was changed on purpose; if not, trust no row after the last good "
+        "head."
+    )
 
 
 def check_chain(entries: Iterable[AuditEntry], heads: Iterable[AuditHead] = ()) -> tuple[int, str]:

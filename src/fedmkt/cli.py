@@ -21,6 +21,7 @@ from fedmkt.data_commands import data_app
 from fedmkt.errors import Refusal
 from fedmkt.evaluate_command import evaluate
 from fedmkt.extras import ExtraMissing, require
+from fedmkt.knowledge_commands import knowledge_app
 from fedmkt.operator_commands import DEFAULT_URL, CredentialsPath, Token, Url, federation_app, rounds_app, site_app
 
 COMMANDS_GROUP = "fedmkt.commands"
@@ -44,6 +45,7 @@ app.add_typer(rounds_app, name="rounds")
 app.add_typer(adapter_app, name="adapter")
 app.add_typer(audit_app, name="audit")
 app.add_typer(data_app, name="data")
+app.add_typer(knowledge_app, name="knowledge")
 app.command()(evaluate)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]

@@ -70,6 +70,7 @@ class ProtocolMismatch(Refusal):
     status = 426
     code = "protocol.mismatch"
     title = "Coordinator and client speak different protocols"
+    remedy = "Upgrade the older side: `pip install --upgrade fedmkt`, or the newer image."
 
 
 class CoordinatorClient(OperatorCalls, SiteCalls):

@@ -38,11 +38,16 @@ Columns = Mapping[str, Octets]
 class MalformedKnowledge(Refusal):
     code: ClassVar[str] = "knowledge.malformed"
     title: ClassVar[str] = "The knowledge breaks its format"
+    remedy: ClassVar[str] = (
+        "The blob was changed on its way, or its maker breaks docs/protocol.md: send it again, then look at the "
+        "maker."
+    )
 
 
 class TruncatedKnowledge(MalformedKnowledge):
     code: ClassVar[str] = "knowledge.truncated"
     title: ClassVar[str] = "The knowledge ends too early"
+    remedy: ClassVar[str] = "The file was cut off: send the whole one again."
 
 
 class UnsupportedKnowledge(MalformedKnowledge):
@@ -54,11 +59,13 @@ class KnowledgeTooLarge(Refusal):
     status: ClassVar[int] = 413
     code: ClassVar[str] = "knowledge.too_large"
     title: ClassVar[str] = "The knowledge is larger than the receiver accepts"
+    remedy: ClassVar[str] = "Lower knowledge.top_k or knowledge.max_tokens, or cut the public set into more slices."
 
 
 class KnowledgeBomb(KnowledgeTooLarge):
     code: ClassVar[str] = "knowledge.bomb"
     title: ClassVar[str] = "The knowledge would unpack to more than its format allows"
+    remedy: ClassVar[str] = "Refuse it, and ask the sender how it was made: no honest encoder writes such a frame."
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ class Refusal(Exception):
     status: ClassVar[int] = 422
     code: ClassVar[str] = "refused"
     title: ClassVar[str] = "The request breaks a rule"
+    remedy: ClassVar[str] = ""  # what to do, where the messages leave it open; for docs/troubleshooting.md
     headers: ClassVar[Mapping[str, str]] = {}  # that HTTP wants with the status
 
     @property

@@ -8,6 +8,7 @@ from fedmkt.errors import Refusal
 class ExtraMissing(Refusal):
     code = "cli.extra_missing"
     title = "A part of FedMKT is not installed"
+    remedy = "Install the extra that the message names."
 
 
 def require(command: str, *modules: str, extra: str) -> None:

@@ -18,21 +18,27 @@ from fedmkt.public_set import PublicSet
 class WrongFederation(Refusal):
     code: ClassVar[str] = "knowledge.wrong_federation"
     title: ClassVar[str] = "The knowledge belongs to another federation"
+    remedy: ClassVar[str] = "One agent, one federation: check which state folder the agent was started with."
 
 
 class WrongRound(Refusal):
     code: ClassVar[str] = "knowledge.wrong_round"
     title: ClassVar[str] = "The knowledge belongs to another round"
+    remedy: ClassVar[str] = (
+        "Nothing to do for an agent, which makes it anew; other clients ask for the open round first."
+    )
 
 
 class WrongPublicSet(Refusal):
     code: ClassVar[str] = "knowledge.wrong_public_set"
     title: ClassVar[str] = "The knowledge was made on another public set"
+    remedy: ClassVar[str] = "Fetch the federation's public set again and make the knowledge on it."
 
 
 class WrongVocabulary(Refusal):
     code: ClassVar[str] = "knowledge.wrong_vocabulary"
     title: ClassVar[str] = "The knowledge uses another vocabulary"
+    remedy: ClassVar[str] = "Make it with the tokenizer that the site registered."
 
 
 class WrongSettings(Refusal):
@@ -43,6 +49,7 @@ class WrongSettings(Refusal):
 class SampleOutsideSlice(Refusal):
     code: ClassVar[str] = "knowledge.sample_outside_slice"
     title: ClassVar[str] = "The knowledge speaks of samples that the round does not use"
+    remedy: ClassVar[str] = "Make knowledge of the samples of the round's slice alone."
 
 
 _RULES: Mapping[str, tuple[type[Refusal], str]] = {

@@ -43,18 +43,22 @@ def nucleus(logprobs: NDArray[np.float32], counts: NDArray[np.integer], top_k: i
     logprobs float32 [N], row after row; counts int [R], entries of each row. Entries of probability 0 are never kept;
     of equal entries those that come first in the row are. Memory grows with rows x the widest row.
     """
-    rows = len(counts)
-    table = np.full((rows, max(top_k, counts.max(initial=0))), -np.inf, dtype=np.float32)
-    table[np.arange(table.shape[1]) < counts[:, None]] = logprobs
-    top = np.sort(table, axis=1)[:, : -top_k - 1 : -1]  # (R, K) largest first
+    rows, width = len(counts), max(top_k, int(counts.max(initial=0)))
+    stops = np.cumsum(counts)
+    starts = stops - counts
+    table = np.full((rows, width), -np.inf, dtype=np.float32)
+    table.reshape(-1)[np.arange(len(logprobs)) + np.repeat(np.arange(rows) * width - starts, counts)] = logprobs
+    table.sort(axis=1)
+    top = np.ascontiguousarray(table.T[: -top_k - 1 : -1])  # (K, R) largest first
     probs = np.exp(top)
-    enough = (np.cumsum(probs, axis=1, dtype=np.float64) - probs < top_p) & (top > -np.inf)
-    wanted = np.maximum(np.count_nonzero(enough, axis=1), 1)
-    smallest = np.repeat(top[np.arange(rows), wanted - 1], counts)  # of what is kept, by entry
+    enough = (np.cumsum(probs, axis=0, dtype=np.float64) - probs < top_p) & (top > -np.inf)
+    wanted = np.maximum(np.count_nonzero(enough, axis=0), 1)
+    smallest = np.repeat(top[wanted - 1, np.arange(rows)], counts)  # of what is kept, by entry
     kept: NDArray[np.bool_] = (logprobs >= smallest) & (logprobs > -np.inf)
-    owners = np.repeat(np.arange(rows), counts)
-    surplus = np.bincount(owners[kept], minlength=rows) - wanted
+    so_far = np.append(0, np.cumsum(kept))
+    surplus = so_far[stops] - so_far[starts] - wanted
     if (surplus > 0).any():  # the last of those that are equal to the smallest
+        owners = np.repeat(np.arange(rows), counts)
         tied = np.flatnonzero(kept & (logprobs == smallest))
         ties = np.bincount(owners[tied], minlength=rows)
         left = np.cumsum(ties)[owners[tied]] - np.arange(len(tied))  # of this row's ties, from here on

@@ -42,16 +42,21 @@ class EmptyKnowledge(Refusal):
 class NotNormalised(Refusal):
     code: ClassVar[str] = "knowledge.not_normalised"
     title: ClassVar[str] = "Log-probabilities do not belong to a distribution"
+    remedy: ClassVar[str] = (
+        "The maker's log-probabilities do not sum to 1 or less: take log_softmax in float32 before the top k."
+    )
 
 
 class TokenOutOfRange(Refusal):
     code: ClassVar[str] = "knowledge.token_out_of_range"
     title: ClassVar[str] = "A token id lies outside the vocabulary"
+    remedy: ClassVar[str] = "Enrol with the vocabulary of the model that made the knowledge."
 
 
 class OffsetOutOfRange(Refusal):
     code: ClassVar[str] = "knowledge.offset_out_of_range"
     title: ClassVar[str] = "A context ends outside its sample"
+    remedy: ClassVar[str] = "Make the knowledge again on the federation's public set, with its text as UTF-8 bytes."
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))

@@ -31,11 +31,13 @@ Progress = Callable[[int, int], None]
 class OwnKnowledgeDiffers(Refusal):
     code: ClassVar[str] = "lesson.own_knowledge"
     title: ClassVar[str] = "The receiver's own knowledge does not belong to its vocabulary and texts"
+    remedy: ClassVar[str] = "The site's model or tokenizer changed within a round: leave both alone until it has ended."
 
 
 class WrongMapMethod(Refusal):
     code: ClassVar[str] = "lesson.wrong_map_method"
     title: ClassVar[str] = "The vocabulary map was built by another method than the configuration needs"
+    remedy: ClassVar[str] = "Coordinator and LLM server need one version; maps are built again with the next round."
 
 
 @dataclass(frozen=True, slots=True)

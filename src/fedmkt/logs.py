@@ -72,7 +72,18 @@ def fields(record: logging.LogRecord) -> dict[str, object]:
     return {key: HIDDEN if _SECRET_NAME.search(key) else value for key, value in both.items()}
 
 
+_paths: dict[str, str] = {}
+
+
+def hide_paths(paths: Mapping[str, str]) -> None:
+    """From now on write the value wherever a key stands in a line. Called once, by the service's main."""
+    _paths.clear()
+    _paths.update(sorted(paths.items(), key=lambda pair: -len(pair[0])))  # a folder after what lies in it
+
+
 def without_secrets(text: str) -> str:
+    for path, label in _paths.items():
+        text = text.replace(path, label)
     return _SECRET_TEXT.sub(HIDDEN, text)
 
 

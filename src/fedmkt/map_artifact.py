@@ -32,12 +32,14 @@ Columns = dict[str, NDArray[Any]]
 class MalformedMap(Refusal):
     code: ClassVar[str] = "vocab_map.malformed"
     title: ClassVar[str] = "The vocabulary map is broken"
+    remedy: ClassVar[str] = "Fetch the map again; if that repeats, upgrade the LLM server that builds it."
 
 
 class MapTooLarge(Refusal):
     status: ClassVar[int] = 413
     code: ClassVar[str] = "vocab_map.too_large"
     title: ClassVar[str] = "The vocabulary map is too large"
+    remedy: ClassVar[str] = "No map of real vocabularies is that large: check which tokenizer the site enrolled with."
 
 
 class UnsupportedMapVersion(Refusal):
@@ -48,6 +50,7 @@ class UnsupportedMapVersion(Refusal):
 class MapOutOfRange(Refusal):
     code: ClassVar[str] = "vocab_map.out_of_range"
     title: ClassVar[str] = "The vocabulary map holds an impossible value"
+    remedy: ClassVar[str] = "Fetch the map again; if that repeats, upgrade the LLM server that builds it."
 
 
 class CorruptMap(Refusal):

@@ -37,6 +37,7 @@ DEFAULT_URL = "http://127.0.0.1:8700"
 class NoToken(Refusal):
     code = "cli.no_token"
     title = "No operator's token was given"
+    remedy = "The operator's token is in credentials.json of the coordinator's state folder, or in its settings."
 
 
 class BadTime(Refusal):

@@ -46,6 +46,7 @@ class PrivateFormatUnknown(PrivateSetRefused):
 class LibraryMissing(PrivateSetRefused):
     code = "private_set.extra_missing"
     title = "The library that reads the private text is not installed"
+    remedy = "Install the extra that the message names, or convert the text to JSONL."
 
 
 class BadColumns(Refusal):

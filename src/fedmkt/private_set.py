@@ -19,6 +19,7 @@ HASH_SPACE = 1 << 64
 class PrivateSetTooSmall(Refusal):
     code = "private_set.too_small"
     title = "The private file has too few samples"
+    remedy = "Add private text, or let less be held out: FEDMKT_PRIVATE_HOLDOUT_SHARE."
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ DEFAULT_CHAT_TEMPLATE = "{role}: {content}\n"
 class PublicSetRefusal(Refusal):
     code: ClassVar[str] = "public_set.malformed"
     title: ClassVar[str] = "The public set is malformed"
+    remedy: ClassVar[str] = "Correct the line that is named: an object with {prompt, completion}, {text} or {messages}."
 
 
 class MalformedSample(PublicSetRefusal):
@@ -39,6 +40,7 @@ class MalformedSample(PublicSetRefusal):
 class DuplicateSample(PublicSetRefusal):
     code: ClassVar[str] = "public_set.duplicate_id"
     title: ClassVar[str] = "Two samples have one id"
+    remedy: ClassVar[str] = "Give each line an id of its own, or leave the ids out."
 
 
 class EmptyResponse(PublicSetRefusal):
@@ -49,6 +51,7 @@ class EmptyResponse(PublicSetRefusal):
 class NotUnicode(PublicSetRefusal):
     code: ClassVar[str] = "public_set.not_unicode"
     title: ClassVar[str] = "A sample holds half a character"
+    remedy: ClassVar[str] = "Drop or repair the character; text has to be valid UTF-8."
 
 
 class PublicSetTooLarge(PublicSetRefusal):
@@ -70,6 +73,7 @@ class TooFewSamples(PublicSetRefusal):
 class BadChatTemplate(PublicSetRefusal):
     code: ClassVar[str] = "public_set.chat_template"
     title: ClassVar[str] = "The chat template cannot be used"
+    remedy: ClassVar[str] = "Write the template with {content} once, for example 'User: {content}\n'."
 
 
 @dataclass(frozen=True, slots=True)

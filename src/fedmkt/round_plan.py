@@ -11,6 +11,7 @@ from fedmkt.public_set import PublicParts, PublicSample, PublicSet
 class NoSuchSlice(Refusal):
     code = "round.no_such_slice"
     title = "The public set has no such slice"
+    remedy = "Number slices from 0 to one less than slices in the configuration."
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class KeyUnreadable(Refusal):
     status = 422
     code = "key.unreadable"
     title = "The key file cannot be used"
+    remedy = "`chmod 600` the key file, or restore it; without it, revoke the site and enrol it anew."
 
 
 class BadSignature(Refusal):

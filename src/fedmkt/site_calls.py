@@ -32,6 +32,7 @@ class UploadStuck(Refusal):
     status = 502
     code = "upload.stuck"
     title = "The upload does not become complete"
+    remedy = "The operator looks at the coordinator's artifact store: its disk or bucket loses what it acknowledged."
 
 
 class SiteCalls(Calls):

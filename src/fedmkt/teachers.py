@@ -1,5 +1,7 @@
 """From what another party sent to a `Teacher`: knowledge, vocabulary and map, each held against what was announced."""
 
+from collections.abc import Callable
+
 from fedmkt.errors import Refusal
 from fedmkt.knowledge import check, decode, limits_for
 from fedmkt.lesson import Teacher
@@ -13,12 +15,14 @@ class OtherVocabulary(Refusal):
     status = 409
     code = "vocabulary.wrong_fingerprint"
     title = "The vocabulary is not the one that was announced"
+    remedy = "Install the same versions of fedmkt and tokenizers on both sides."
 
 
 class MapMissing(Refusal):
     status = 502
     code = "vocab_map.missing"
     title = "A vocabulary map is missing"
+    remedy = "Run coordinator, LLM server and agents in one version."
 
 
 def needed_map(config: DistillationConfig, maps: dict[MapMethod, str]) -> str:
@@ -29,9 +33,11 @@ def needed_map(config: DistillationConfig, maps: dict[MapMethod, str]) -> str:
     return maps[method]
 
 
-def read_vocabulary(data: bytes, fingerprint: str) -> Vocabulary:
-    """A vocabulary artifact, which must have the announced fingerprint."""
-    vocabulary = Vocabulary.from_bytes(data)
+def read_vocabulary(
+    data: bytes, fingerprint: str, read: Callable[[bytes], Vocabulary] = Vocabulary.from_bytes
+) -> Vocabulary:
+    """A vocabulary artifact, which must have the announced fingerprint; `read` may be a `VocabularyProcess`'s."""
+    vocabulary = read(data)
     if vocabulary.fingerprint != fingerprint:
         raise OtherVocabulary(
             f"the artifact's vocabulary has fingerprint {vocabulary.fingerprint[:12]}..., {fingerprint[:12]}... was "

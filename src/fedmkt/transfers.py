@@ -31,12 +31,14 @@ class ArtifactCorrupt(Refusal):
     status = 502
     code = "artifact.corrupt"
     title = "The artifact is not what its name says"
+    remedy = "Fetch it again; if that repeats, a proxy changes bytes, or the coordinator's store is damaged."
 
 
 class ArtifactTooLarge(Refusal):
     status = 413
     code = "artifact.too_large"
     title = "The artifact is too large"
+    remedy = "The coordinator names something larger than its kind may be: check that both have one version."
 
 
 class Transfers:

@@ -52,6 +52,9 @@ _Result = TypeVar("_Result")
 class MalformedVocabulary(UnsupportedVocabulary):
     code: ClassVar[str] = "vocabulary.malformed"
     title: ClassVar[str] = "The vocabulary artifact is broken"
+    remedy: ClassVar[str] = (
+        "Enrol with the tokenizer.json that save_pretrained wrote, and the same version on both sides."
+    )
 
 
 @runtime_checkable
@@ -76,6 +79,13 @@ class Encoding:
     exact: bool
 
 
+class Cutter(Protocol):
+    """What cuts texts for a vocabulary: the library, here or in a process of its own."""
+
+    def cut(self, texts: list[str]) -> list[Encoding]:
+        """Each text without bos and eos."""
+
+
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
     """Immutable. `tokens` [V] exact bytes, b"" for special ids and holes; `roles` special id -> role.
@@ -89,7 +99,7 @@ class Vocabulary:
     eos_id: int | None
     fingerprint: str
     _artifact: bytes = field(repr=False)
-    _tokenizer: Tokenizer = field(repr=False)
+    _cutter: Cutter = field(repr=False)
 
     @property
     def size(self) -> int:
@@ -124,7 +134,10 @@ class Vocabulary:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Vocabulary":
-        """Read an artifact from another party. Nothing in it is trusted: size, ids, growth and speed are bounded."""
+        """Read an artifact from another party. Nothing in it is trusted: size, ids, growth and speed are bounded.
+
+        What ends the tokenizer library's process all the same ends this one: services read with `VocabularyProcess`.
+        """
         if len(data) > MAX_VOCABULARY_BYTES:
             raise MalformedVocabulary(f"the vocabulary has {len(data)} bytes, at most {MAX_VOCABULARY_BYTES} expected")
         content = _parse_object(data)
@@ -139,7 +152,7 @@ class Vocabulary:
             raise MalformedVocabulary(f"names must map some of {', '.join(NAMES)} to token ids")
         check_bounds(tokenizer)
         found = _build(json.dumps(tokenizer), names)
-        check_cutting_speed(lambda text: _guarded(found._tokenizer.encode, text, add_special_tokens=False))
+        check_cutting_speed(lambda text: found._cutter.cut([text]))
         return found
 
     def encode(
@@ -160,35 +173,13 @@ class Vocabulary:
         eos = [add_eos] * len(texts) if isinstance(add_eos, bool) else list(add_eos)
         if len(eos) != len(texts):
             raise ValueError(f"{len(eos)} add_eos flags for {len(texts)} texts")
-        bodies = self._bodies(list(texts))
+        bodies = self._cutter.cut(list(texts))
         bos_id = self.bos_id if add_bos else None
         encodings = []
-        for (body, length), with_eos in zip(bodies, eos, strict=True):
+        for body, text, with_eos in zip(bodies, texts, eos, strict=True):
             eos_id = self.eos_id if with_eos else None
-            encodings.append(_framed(body, length, bos_id, eos_id, max_tokens))
+            encodings.append(_framed(body, len(text.encode()), bos_id, eos_id, max_tokens))
         return encodings
-
-    def _bodies(self, texts: list[str]) -> list[tuple[Encoding, int]]:
-        """Texts without bos and eos, and their lengths in bytes; exact ones from token bytes, others from offsets."""
-        raw = _guarded(self._tokenizer.encode_batch_fast, texts, add_special_tokens=False)
-        datas = [text.encode() for text in texts]
-        found = [self._exact(encoding.ids, data) for encoding, data in zip(raw, datas, strict=True)]
-        lossy = [index for index, encoding in enumerate(found) if encoding is None]
-        if lossy:
-            again = _guarded(self._tokenizer.encode_batch, [texts[index] for index in lossy], add_special_tokens=False)
-            for index, encoding in zip(lossy, again, strict=True):
-                found[index] = _from_offsets(encoding, texts[index])
-        return [(cast(Encoding, body), len(data)) for body, data in zip(found, datas, strict=True)]
-
-    def _exact(self, id_list: list[int], data: bytes) -> Encoding | None:
-        """Ends by summing token lengths, if the tokens' bytes are the text or a dummy space and the text; else None."""
-        joined = b"".join(map(self.tokens.__getitem__, id_list))
-        dummy = len(joined) - len(data)
-        if not (joined == data if dummy == 0 else dummy == 1 and joined[0] == 0x20 and joined[1:] == data):
-            return None
-        ids = np.array(id_list, dtype=np.int32)
-        ends = np.cumsum(self.byte_lengths[ids], dtype=np.int32)
-        return Encoding(ids, np.maximum(ends - dummy, 0).astype(np.int32), exact=True)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vocabulary) and other.fingerprint == self.fingerprint
@@ -201,6 +192,39 @@ class Vocabulary:
 
 
 # ------------------------------------------------------------------------------------------------ encoding
+
+
+@dataclass(frozen=True, eq=False)
+class LibraryCutter:
+    """The tokenizer library in this process. `tokens` [V] are those of the vocabulary."""
+
+    tokenizer: Tokenizer
+    tokens: tuple[bytes, ...]
+
+    @cached_property
+    def _byte_lengths(self) -> NDArray[np.int32]:
+        return np.fromiter(map(len, self.tokens), dtype=np.int32, count=len(self.tokens))
+
+    def cut(self, texts: list[str]) -> list[Encoding]:
+        """Ends from the tokens' bytes where they make the text, else from character offsets."""
+        raw = _guarded(self.tokenizer.encode_batch_fast, texts, add_special_tokens=False)
+        found = [self._exact(encoding.ids, text.encode()) for encoding, text in zip(raw, texts, strict=True)]
+        lossy = [index for index, encoding in enumerate(found) if encoding is None]
+        if lossy:
+            again = _guarded(self.tokenizer.encode_batch, [texts[index] for index in lossy], add_special_tokens=False)
+            for index, encoding in zip(lossy, again, strict=True):
+                found[index] = _from_offsets(encoding, texts[index])
+        return cast(list[Encoding], found)
+
+    def _exact(self, id_list: list[int], data: bytes) -> Encoding | None:
+        """Ends by summing token lengths, if the tokens' bytes are the text or a dummy space and the text; else None."""
+        joined = b"".join(map(self.tokens.__getitem__, id_list))
+        dummy = len(joined) - len(data)
+        if not (joined == data if dummy == 0 else dummy == 1 and joined[0] == 0x20 and joined[1:] == data):
+            return None
+        ids = np.array(id_list, dtype=np.int32)
+        ends = np.cumsum(self._byte_lengths[ids], dtype=np.int32)
+        return Encoding(ids, np.maximum(ends - dummy, 0).astype(np.int32), exact=True)
 
 
 def _framed(body: Encoding, length: int, bos_id: int | None, eos_id: int | None, max_tokens: int | None) -> Encoding:
@@ -291,7 +315,9 @@ def _build(source: str, named: Mapping[str, int | None] | None) -> Vocabulary:
     eos_id = next((names[name] for name in ("eos", "sep") if name in names), None)
     artifact = _canonical({"version": ARTIFACT_VERSION, "names": names, "tokenizer": content})
     fingerprint = _fingerprint(content, tokens, roles, bos_id, eos_id)
-    return Vocabulary(tokens, MappingProxyType(roles), bos_id, eos_id, fingerprint, artifact, tokenizer)
+    return Vocabulary(
+        tokens, MappingProxyType(roles), bos_id, eos_id, fingerprint, artifact, LibraryCutter(tokenizer, tokens)
+    )
 
 
 def _load(source: str) -> tuple[Tokenizer, dict[str, Any]]:

@@ -19,6 +19,7 @@ from fedmkt.protocol import TrainingReport
 
 WORK_S = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 86400)
 DIVERGED = "training.nan"
+WITHHELD = "policy."  # codes of what a site's own policy holds back
 
 
 class Moved(Protocol):
@@ -58,7 +59,7 @@ class WorkMetrics:
 
     @contextmanager
     def work(self, kind: str) -> Iterator[None]:
-        """Around a task or job; whatever it raises is a failure."""
+        """Around a task or job; whatever it raises is a failure, unless the site's policy holds it back."""
         began, result = time.monotonic(), "failed"
         self._working.labels(kind).set(1)
         try:
@@ -67,6 +68,8 @@ class WorkMetrics:
         except Refusal as error:
             if error.code == DIVERGED:
                 self.diverged()
+            if error.code.startswith(WITHHELD):
+                result = "withheld"
             raise
         finally:
             self._working.labels(kind).set(0)

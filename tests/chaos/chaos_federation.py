@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from chaos_balancer import Balancer
-from coordinator_servers import RedisProcess
 from coordinator_world import PUBLIC_SET, TOKENS, config
 from fedmkt.client import CoordinatorClient, RetryPolicy, SiteKey, StaticToken
 from fedmkt.fault_points import VARIABLE
@@ -25,6 +24,7 @@ from fedmkt.public_set import PublicSet
 from fedmkt.signing import load_key
 from nursery import Child, Nursery
 from participants import adapter_blob, knowledge_blob, llm_adapter
+from real_servers import RedisProcess
 
 SITES = ("north", "south")
 COORDINATORS = ("coordinator", "replica")

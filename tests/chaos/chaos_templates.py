@@ -11,8 +11,8 @@ from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from chaos_federation import SITES, Federation
-from coordinator_servers import RedisProcess
 from nursery import Nursery
+from real_servers import RedisProcess
 
 PROCESSES = ("coordinator", "worker", *SITES)
 
@@ -49,13 +49,16 @@ class Templates:
         self._played: dict[str, Federation] = {}
         self._count = 0
 
-    def databases(self) -> Databases:
-        return Databases(self._request.getfixturevalue("postgres_server"))
+    def databases(self, database: str) -> Databases:
+        """`postgresql` is the server that all tests share; `postgresql to kill` is one of these tests' own."""
+        if database == "postgresql":
+            return Databases(self._request.getfixturevalue("postgres_server"))
+        return Databases(self._request.getfixturevalue("chaos_postgres").url)
 
     def new(self, database: str, **more: Any) -> Federation:
         """Nothing is there but an empty database."""
         self._count += 1
-        url = self.databases().make() if database == "postgresql" else None
+        url = None if database == "sqlite" else self.databases(database).make()
         return Federation(self._folder / f"case-{self._count}", self._nursery, self._redis, url, **more)
 
     def ready(self, database: str, **more: Any) -> Federation:
@@ -67,7 +70,7 @@ class Templates:
         shutil.copytree(played.folder, folder, ignore=shutil.ignore_patterns("logs", "lock"))
         url = None
         if played.database_url is not None:
-            url = self.databases().make(make_url(played.database_url).database)
+            url = self.databases(database).make(make_url(played.database_url).database)
         copy = Federation(folder, self._nursery, self._redis, url, **more)
         copy.federation_id = played.federation_id
         return copy

@@ -11,8 +11,8 @@ import pytest
 
 from chaos_federation import Federation
 from chaos_templates import Templates
-from coordinator_servers import RedisProcess, folder_in_memory
 from nursery import Nursery
+from real_servers import PostgresProcess, RedisProcess, folder_in_memory
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +29,16 @@ def chaos_redis() -> Iterator[RedisProcess]:
         server.start()
         yield server
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def chaos_postgres() -> Iterator[PostgresProcess]:
+    """A server to kill; whoever does starts it again."""
+    with folder_in_memory() as folder:
+        server = PostgresProcess(folder)
+        server.start()
+        yield server
+        server.kill()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import pytest
 
 from chaos_federation import COORDINATORS, SITES, Federation
 from chaos_templates import PROCESSES, Templates
-from coordinator_servers import RedisProcess
 from coordinator_world import TOKENS
 from fedmkt.fault_points import VARIABLE
 from fedmkt.protocol import (
@@ -24,6 +23,7 @@ from fedmkt.protocol import (
     Schedule,
 )
 from nursery import Nursery
+from real_servers import RedisProcess
 
 pytestmark = [pytest.mark.services, pytest.mark.chaos, pytest.mark.timeout(240)]
 POSITIONS = 96  # of the tiny models
@@ -45,12 +45,14 @@ AGENT = [
     "agent.trained.committed 1",
     "agent.extracted.uncommitted 1",
     "agent.uploading knowledge 1",
+    "agent.knowledge.begun 1",
     "agent.uploaded.uncommitted 1",
     "agent.uploaded.committed 1",
     "agent.fetching the LLM's knowledge 1",
     "agent.learning from the others 1",
     "agent.report.uncommitted 1",
     "agent.report.committed 1",
+    "agent.report.begun 1",
     "agent.reported.uncommitted 1",
     "agent.reported.committed 1",
 ]

@@ -11,8 +11,8 @@ import redis
 
 from chaos_federation import SITES, Federation
 from chaos_templates import PROCESSES, Templates
-from coordinator_servers import RedisProcess
 from fedmkt_coordinator.queue import GROUP, JOBS
+from real_servers import RedisProcess
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(240)]
 Opened = Callable[[Federation], Federation]

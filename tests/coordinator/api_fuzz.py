@@ -26,9 +26,10 @@ import httpx
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from coordinator_servers import RedisProcess, settings_for  # noqa: E402
+from coordinator_servers import settings_for  # noqa: E402
 from coordinator_world import TOKENS, World, config  # noqa: E402
 from fedmkt_coordinator.app import create_app  # noqa: E402
+from real_servers import RedisProcess  # noqa: E402
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 HOOKS = HERE / "schemathesis_hooks.py"

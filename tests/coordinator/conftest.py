@@ -10,10 +10,8 @@ from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from coordinator_servers import (
-    RedisProcess,
     Stages,
     Worlds,
-    folder_in_memory,
     settings_for,
     until_collecting,
     until_distilling,
@@ -22,6 +20,7 @@ from coordinator_servers import (
 from coordinator_world import Clock, World
 from fedmkt_coordinator.store import Store, open_engine
 from fedmkt_coordinator.store.migrate import migrate
+from real_servers import RedisProcess, folder_in_memory
 
 
 @pytest.fixture

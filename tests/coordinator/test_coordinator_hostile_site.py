@@ -4,6 +4,7 @@ What it may teach the LLM is in tests/test_poisoned_site.py.
 """
 
 import asyncio
+import base64
 import hashlib
 import json
 import resource
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from coordinator_servers import RedisProcess, Worlds, settings_for
+from coordinator_servers import Worlds, settings_for
 from coordinator_world import CARD, TOKENS, SiteUnderTest, World, config, make_knowledge
 from fedmkt.codec import MAGIC, VERSION, write_frame
 from fedmkt.knowledge import Knowledge, encode, limits_for
@@ -32,6 +33,7 @@ from fedmkt.protocol import (
 from fedmkt.signing import SMALL_ORDER, new_key, public_hex, sign_manifest, site_assertion
 from fedmkt_coordinator.keys import AUDIENCE, ISSUER
 from fedmkt_coordinator.store import Store
+from real_servers import RedisProcess
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
 
@@ -254,6 +256,30 @@ async def test_a_vocabulary_made_to_do_harm_is_refused(world: World) -> None:
         assert 400 <= answer.status_code < 500, (what, answer.text)
         assert answer.json()["code"].startswith("vocabulary."), (what, answer.text)
     assert (await world.view()).sites[0].vocabulary is None
+
+
+async def test_a_vocabulary_over_which_the_library_aborts_ends_a_process_of_its_own(world: World) -> None:
+    """The table of a compiled normalizer whose sizes are the largest that fit: the library ends its process."""
+    await world.create()
+    site = await world.enrol("north")
+    table = base64.b64encode(b"\xff" * 13).decode()
+    deadly = tokenizer_with(normalizer={"type": "Precompiled", "precompiled_charsmap": table})
+    detail = await world.refused("vocabulary.fatal", "PUT", "/v1/me/vocabulary", site, deadly)
+    assert "ended with SIGABRT" in detail
+    await world.describe(site)
+    assert (await world.view()).sites[0].vocabulary == site.words.fingerprint
+
+
+async def test_bytes_that_were_read_before_are_not_read_again(world: World) -> None:
+    await world.create()
+    site = await world.enrol("north")
+    await world.describe(site)
+    world.context.vocabularies._turn = asyncio.Semaphore(0)  # nothing is read from here on
+    another = await world.enrol("south")
+    another.words = site.words
+    async with asyncio.timeout(60):
+        await world.describe(another)
+    assert {each.vocabulary for each in (await world.view()).sites} == {site.words.fingerprint}
 
 
 async def test_an_oversized_vocabulary_is_refused_before_it_is_read(world: World) -> None:

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
+from sqlalchemy import event
 
-from coordinator_servers import RedisProcess, Worlds, settings_for
+from coordinator_servers import Worlds, settings_for
 from coordinator_world import TOKENS, World, config, served
 from fedmkt import __version__
 from fedmkt.protocol import (
@@ -24,6 +25,7 @@ from fedmkt_coordinator.routes.conditional import FRESH_S
 from fedmkt_coordinator.routes.paging import cursor_after
 from fedmkt_coordinator.store import Store
 from fedmkt_coordinator.store.versions import Seen
+from real_servers import RedisProcess
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
 
@@ -446,3 +448,26 @@ async def test_what_one_replica_commits_wakes_another(ready: World, worlds: Worl
         assert (await waiting)["kind"] == "train_and_upload"
     view = await other.ask(FederationView, "GET", f"/v1/federations/{world.federation_id}", "viewer")
     assert view.current_round is not None
+
+
+async def test_a_list_of_federations_asks_the_database_no_more_often_for_more_of_them(world: World) -> None:
+    """Each reads as it does by itself: sites, round and its progress among them."""
+    asked: list[str] = []
+    engine = world.context.store.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", lambda *about: asked.append(about[2]))
+    counts = []
+    for names in (["one", "two"], ["three", "four", "five", "six"]):
+        for name in names:
+            await world.ready(config(name))
+            await world.request_rounds()
+        asked.clear()
+        page = await world.ask(FederationPage, "GET", "/v1/federations", "viewer")
+        counts.append(len(asked))
+    assert len(page.items) == 6
+    assert counts[0] == counts[1]
+    for each in page.items:
+        alone = await world.ask(FederationView, "GET", f"/v1/federations/{each.federation_id}", "viewer")
+        assert alone == each
+        assert each.current_round is not None
+        assert each.current_round.federation_id == each.federation_id
+        assert [site.site for site in each.current_round.sites] == ["north", "south"]

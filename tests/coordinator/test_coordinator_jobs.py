@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import redis
 
-from coordinator_servers import RedisProcess
 from coordinator_world import World
 from fedmkt.protocol import (
     DistillResult,
@@ -18,6 +17,7 @@ from fedmkt.protocol import (
     MapResult,
     QueueView,
 )
+from real_servers import RedisProcess
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
 

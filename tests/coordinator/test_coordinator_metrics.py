@@ -10,12 +10,13 @@ import yaml
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from coordinator_servers import RedisProcess, Worlds, settings_for
+from coordinator_servers import Worlds, settings_for
 from coordinator_world import Clock, World, config, served
 from fedmkt.protocol import Health
 from fedmkt_coordinator.dependencies import REMEDIES
 from fedmkt_coordinator.store import Store
 from fedmkt_coordinator.store.figures import SEEN_WITHIN_S
+from real_servers import RedisProcess
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
 

@@ -17,13 +17,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Boolean, Connection, DateTime, MetaData, Table, inspect
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from coordinator_servers import RedisProcess, Worlds, settings_for
+from coordinator_servers import Worlds, settings_for
 from coordinator_world import Clock, SiteUnderTest, World, config
 from fedmkt.protocol import UploadReceipt
 from fedmkt.vocabulary import Vocabulary
 from fedmkt_coordinator.store import Store, open_engine
 from fedmkt_coordinator.store.migrate import SCRIPTS, alembic_config, migrate
 from fedmkt_coordinator.store.tables import metadata
+from real_servers import RedisProcess
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
 

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 import redis
 
-from coordinator_servers import RedisProcess
 from fedmkt_coordinator.queue import GROUP, JOBS, JobQueue, Unavailable, without_password
+from real_servers import RedisProcess
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
 

@@ -10,13 +10,14 @@ import httpx
 import pytest
 import uvicorn
 
-from coordinator_servers import RedisProcess, Worlds, settings_for
+from coordinator_servers import Worlds, settings_for
 from coordinator_world import TOKENS, World, served
 from fedmkt.client import CoordinatorClient, CoordinatorProblem, RetryPolicy, StaticToken
 from fedmkt.protocol import EnrolmentTokenRequest, TokenRequest
 from fedmkt_coordinator.connections import MAX_HEAD_BYTES, with_bounded_heads
 from fedmkt_coordinator.rate_limits import MAX_KEYS, Buckets, TooManyRequests, network
 from fedmkt_coordinator.store import Store
+from real_servers import RedisProcess
 
 pytestmark = pytest.mark.anyio
 services = pytest.mark.services

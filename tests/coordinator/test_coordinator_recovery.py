@@ -15,12 +15,13 @@ import psutil  # type: ignore[import-untyped] # its stubs are another package
 import pytest
 import redis
 
-from coordinator_servers import RedisProcess, Stages, Worlds, settings_for, until_distilling
+from coordinator_servers import Stages, Worlds, settings_for, until_distilling
 from coordinator_world import TOKENS, World, config
 from fedmkt.protocol import Health, Heartbeat, HeartbeatReply
 from fedmkt_coordinator import rounds
 from fedmkt_coordinator.embedded_redis import EmbeddedRedis, FolderInUse
 from fedmkt_coordinator.queue import JOBS
+from real_servers import RedisProcess
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
 
@@ -101,6 +102,18 @@ async def test_the_embedded_redis_keeps_its_address_and_comes_back(state_dir: Pa
         "address.json": "0o0",
         "redis.conf": "0o0",
     }
+
+
+async def test_the_embedded_redis_starts_in_a_folder_named_from_here(
+    state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(state_dir)
+    server = EmbeddedRedis(Path("fedmkt-state") / "redis")
+    await server.start()
+    with redis.Redis.from_url(server.url) as client:
+        assert client.ping()
+    await server.stop()
+    assert (state_dir / "fedmkt-state" / "redis" / "redis.log").is_file()
 
 
 def secrets_of(folder: Path) -> Iterator[Path]:

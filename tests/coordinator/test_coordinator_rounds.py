@@ -10,6 +10,8 @@ from fedmkt.protocol import (
     Schedule,
     UploadReceipt,
 )
+from fedmkt_coordinator import rounds
+from fedmkt_coordinator.readiness import readiness
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
 
@@ -123,6 +125,37 @@ async def test_a_round_waits_a_while_for_the_others_once_a_quorum_is_ready(world
     await world.describe(await world.enrol("south"))
     await world.build_maps()
     assert "began without this site" in (await world.task(world.sites["south"]))["reason"]
+
+
+async def test_the_quick_look_keeps_no_round_back_that_the_thorough_one_would_begin(world: World) -> None:
+    """Sites come, describe themselves, get maps and go: where the quick look waits, so does the other."""
+    schedule = Schedule(quorum=2, gather_timeout_s=20, collect_timeout_s=100)
+    await world.create(config(sites=("north", "south", "east"), schedule=schedule))
+    await world.put_public_set()
+    await world.register_llm()
+    seen = set()
+
+    async def looks() -> None:
+        async with world.context.store.write() as tx:
+            federation = await tx.federation(world.federation_id)
+            quick = await rounds._surely_waits(tx, federation)
+            thorough = bool((await readiness(tx, federation)).waits_for)
+        assert thorough or not quick
+        seen.add((quick, thorough))
+
+    await looks()
+    for name in ("north", "south", "east"):
+        site = await world.enrol(name)
+        await looks()
+        await world.describe(site)
+        for seconds in (0, 19.9, 0.2) if name == "south" else (1,):
+            world.clock.move(seconds)
+            await looks()
+        await world.build_maps()
+        await looks()
+    await world.send("POST", f"/v1/federations/{world.federation_id}/sites/east/revoke", "operator")
+    await looks()
+    assert seen == {(True, True), (False, True), (False, False)}
 
 
 async def test_rounds_follow_each_other_over_the_slices_until_none_is_asked_for(ready: World) -> None:

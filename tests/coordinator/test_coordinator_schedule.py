@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from coordinator_servers import RedisProcess, Worlds, settings_for
+from coordinator_servers import Worlds, settings_for
 from coordinator_world import Clock, World, config
 from fedmkt.protocol import FederationView, RoundRequest, Schedule
+from real_servers import RedisProcess
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
 

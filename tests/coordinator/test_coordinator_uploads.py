@@ -218,6 +218,33 @@ async def test_a_manifest_signed_with_another_key_is_refused(collecting: World) 
     await collecting.refused("signature.invalid", "POST", "/v1/uploads", site, manifest)
 
 
+async def test_a_site_that_is_revoked_between_two_chunks_hears_it_at_the_second_and_nothing_stays(
+    collecting: World,
+) -> None:
+    world, site, view = collecting, collecting.sites["north"], await collecting.round()
+    blob = bytes(CHUNK_BYTES) + b"second"
+    state = await world.ask(UploadState, "POST", "/v1/uploads", site, world.manifest(site, view, blob))
+    base = f"/v1/uploads/{state.upload_id}/chunks"
+    await world.ask(UploadState, "PUT", f"{base}/0", site, blob[:CHUNK_BYTES])
+    await world.send("POST", f"/v1/federations/{world.federation_id}/sites/north/revoke")
+    await world.refused("site.revoked", "PUT", f"{base}/1", site, blob[CHUNK_BYTES:])
+    async with world.context.store.read() as tx:
+        assert await tx.chunks(state.upload_id) == set()
+    with pytest.raises(FileNotFoundError):
+        await world.context.artifacts.assemble(state.upload_id, 2)
+
+
+async def test_a_chunk_of_an_upload_taken_back_a_moment_ago_is_refused(collecting: World) -> None:
+    world, site, view = collecting, collecting.sites["north"], await collecting.round()
+    blob = bytes(CHUNK_BYTES) + b"second"
+    state = await world.ask(UploadState, "POST", "/v1/uploads", site, world.manifest(site, view, blob))
+    base = f"/v1/uploads/{state.upload_id}"
+    await world.ask(UploadState, "PUT", f"{base}/chunks/0", site, blob[:CHUNK_BYTES])
+    await world.send("DELETE", base, site)
+    await world.refused("upload.settled", "PUT", f"{base}/chunks/1", site, blob[CHUNK_BYTES:])
+    await world.refused("upload.unknown", "PUT", f"{base}/chunks/1", world.sites["south"], blob[CHUNK_BYTES:])
+
+
 async def test_chunks_that_do_not_make_the_announced_whole_are_refused(collecting: World) -> None:
     site, view = collecting.sites["north"], await collecting.round()
     blob = b"these bytes"

@@ -13,13 +13,14 @@ import httpx
 import pytest
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
-from coordinator_servers import RedisProcess, Worlds, settings_for
+from coordinator_servers import Worlds, settings_for
 from coordinator_world import World
 from fedmkt.protocol import WebhookCreated, WebhookMessage, WebhookPage, WebhookRequest, WebhookTrial, WebhookView
 from fedmkt_coordinator.outbound import AddressRefused, Outbound, is_public
 from fedmkt_coordinator.store import Store
 from fedmkt_coordinator.store.records import WebhookRow
 from fedmkt_coordinator.webhooks import ATTEMPT_S, CLAIM_S, MAX_WEBHOOKS, Deliverer, pause, signature
+from real_servers import RedisProcess
 
 pytestmark = [pytest.mark.anyio, pytest.mark.services]
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from redis_process import RedisServer
+from real_servers import RedisProcess
 
 
 @pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path / "redis.sock")
+def redis_server(tmp_path: Path) -> Iterator[RedisProcess]:
+    server = RedisProcess(tmp_path, tmp_path / "redis.sock")
     server.start()
     yield server
     server.stop()

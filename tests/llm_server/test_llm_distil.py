@@ -15,14 +15,16 @@ from safetensors.numpy import save as save_tensors
 
 from fedmkt.knowledge import Knowledge, decode, encode, quantised
 from fedmkt.knowledge_cut import shared_knowledge
-from fedmkt.ml.adapters import unpack_adapter
+from fedmkt.ml.adapters import Adapter, pack_adapter, unpack_adapter
 from fedmkt.ml.models import load_base
 from fedmkt.ml.party import Party
 from fedmkt.ml.phases import own_knowledge, private_phase
+from fedmkt.ml.team import Team, TeamMisused
 from fedmkt.protocol import (
     DistillationConfig,
     DistillJob,
     DistillResult,
+    EvaluationConfig,
     FederationConfig,
     GateConfig,
     MapJob,
@@ -281,6 +283,15 @@ def test_a_map_that_the_job_does_not_name_is_a_fault_of_the_job(server: Server) 
         server.run(server.job(uploads=[upload]))
 
 
+def test_a_sharded_model_is_not_asked_for_free_answers(server: Server) -> None:
+    team = Team()
+    team.sharded = True
+    server.present_party().team = team
+    config = CONFIG.model_copy(update={"evaluation": EvaluationConfig(rouge_samples=5)})
+    with pytest.raises(TeamMisused, match="rouge_samples is 5, and a sharded model gives no free answers"):
+        server.run(server.job(config))
+
+
 # ------------------------------------------------------------------------------------------------ going back, again
 
 
@@ -454,6 +465,28 @@ def test_an_adapter_that_does_not_read_is_left_out_of_the_average(server: Server
     assert server.read(result.averaged_adapter) == blobs[1]
     assert result.refused_sites["north"].startswith("its adapter: ")
     assert result.selection.offered == {"north": 16, "south": 16}, "its knowledge is another matter"
+
+
+def test_the_federations_rule_keeps_a_poisoned_adapter_out_and_one_that_is_not_finite_is_named(
+    server: Server, models: Models
+) -> None:
+    config = averaging().model_copy(update={"average_rule": "median"})
+    plan, blobs = server.plan(config), site_adapters(server, models)
+    good = unpack_adapter(blobs[1])
+    huge, broken = (
+        pack_adapter(Adapter(good.config, {name: value * factor for name, value in good.tensors.items()}))
+        for factor in (np.float32(1000), np.float32("nan"))
+    )
+    given = {"north": blobs[1], "south": huge, "east": blobs[1], "west": broken}
+    uploads = [
+        server.upload("north", plan, site=site, adapter=server.store(blob), private_samples=10)
+        for site, blob in given.items()
+    ]
+    result = server.run(server.job(config, uploads=uploads))
+    assert result.averaged_adapter is not None
+    assert server.read(result.averaged_adapter) == blobs[1]
+    assert set(result.refused_sites) == {"west"}
+    assert "not finite" in result.refused_sites["west"]
 
 
 def test_sites_without_private_samples_weigh_nothing(server: Server, models: Models) -> None:

@@ -9,7 +9,7 @@ import redis
 from fedmkt.protocol import QueueView
 from fedmkt_llm_server import queue as queue_module
 from fedmkt_llm_server.queue import JobQueue, lasting_name
-from redis_process import RedisServer
+from real_servers import RedisProcess
 
 pytestmark = pytest.mark.services
 STREAM, GROUP = "fedmkt:jobs", "llm-servers"
@@ -17,7 +17,7 @@ Open = Callable[[str], JobQueue]
 
 
 @pytest.fixture
-def open_queue(redis_server: RedisServer) -> Iterator[Open]:
+def open_queue(redis_server: RedisProcess) -> Iterator[Open]:
     opened: list[JobQueue] = []
 
     def make(consumer: str) -> JobQueue:
@@ -30,7 +30,7 @@ def open_queue(redis_server: RedisServer) -> Iterator[Open]:
 
 
 @pytest.fixture
-def client(redis_server: RedisServer) -> Iterator["redis.Redis"]:
+def client(redis_server: RedisProcess) -> Iterator["redis.Redis"]:
     with redis.Redis.from_url(redis_server.url, decode_responses=True) as made:
         yield made
 
@@ -155,7 +155,7 @@ def test_a_flushed_redis_gets_its_group_again(open_queue: Open, client: "redis.R
     assert delivery.job_id == "job_a"
 
 
-def test_a_redis_that_is_away_raises_and_one_that_is_back_serves(open_queue: Open, redis_server: RedisServer) -> None:
+def test_a_redis_that_is_away_raises_and_one_that_is_back_serves(open_queue: Open, redis_server: RedisProcess) -> None:
     queue = open_queue("one")
     queue.take(0.01)
     redis_server.stop()

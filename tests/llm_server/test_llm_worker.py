@@ -37,7 +37,7 @@ from fedmkt_llm_server.settings import Settings
 from fedmkt_llm_server.status import Status, build_app
 from fedmkt_llm_server.worker import Report, Worker
 from live_coordinator import TOKENS, LiveCoordinator, stories, tiny_config, until
-from redis_process import RedisServer
+from real_servers import RedisProcess
 from small_tokenizers import vocabulary
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(60)]
@@ -116,7 +116,7 @@ class Plant:
 
 
 @pytest.fixture
-def plant(redis_server: RedisServer, tmp_path: Path) -> Iterator[Plant]:
+def plant(redis_server: RedisProcess, tmp_path: Path) -> Iterator[Plant]:
     coordinator = LiveCoordinator(tmp_path / "coordinator", redis_url=redis_server.url, lease_s=2.0)
     coordinator.start()
     made = Plant(coordinator, tmp_path)
@@ -258,7 +258,7 @@ def client_sees_requeue(plant: Plant, federation_id: str) -> bool:
 # ------------------------------------------------------------------------------------------------- others go and come
 
 
-def test_a_redis_that_restarts_empty_loses_no_job(plant: Plant, redis_server: RedisServer) -> None:
+def test_a_redis_that_restarts_empty_loses_no_job(plant: Plant, redis_server: RedisProcess) -> None:
     federation_id = plant.map_jobs()
     until(lambda: len(plant.job_events(federation_id, "queued")) == 2)
     redis_server.stop()
@@ -267,7 +267,7 @@ def test_a_redis_that_restarts_empty_loses_no_job(plant: Plant, redis_server: Re
     plant.until_built(federation_id)
 
 
-def test_a_worker_finds_a_redis_that_restarted_under_it(plant: Plant, redis_server: RedisServer) -> None:
+def test_a_worker_finds_a_redis_that_restarted_under_it(plant: Plant, redis_server: RedisProcess) -> None:
     plant.start(plant.build)
     plant.until_built(plant.map_jobs("before"))
     redis_server.stop()
@@ -275,7 +275,7 @@ def test_a_worker_finds_a_redis_that_restarted_under_it(plant: Plant, redis_serv
     plant.until_built(plant.map_jobs("after", "byte_level_small"))
 
 
-def test_jobs_wait_for_a_redis_that_is_away(plant: Plant, redis_server: RedisServer) -> None:
+def test_jobs_wait_for_a_redis_that_is_away(plant: Plant, redis_server: RedisProcess) -> None:
     redis_server.stop()
     federation_id = plant.map_jobs()
     plant.start(plant.build)
@@ -338,7 +338,7 @@ def test_a_claim_whose_answer_was_lost_is_repeated_and_costs_no_attempt(plant: P
 
 
 def test_a_claimed_job_is_done_although_redis_goes_before_it_is_acknowledged(
-    plant: Plant, redis_server: RedisServer
+    plant: Plant, redis_server: RedisProcess
 ) -> None:
     async def claim_and_stop(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         async def then_stop(message: Message) -> None:
@@ -435,10 +435,14 @@ def test_the_status_pages_show_the_model_and_the_job(plant: Plant) -> None:
         job = client.claim(str(plant.job_events(federation_id, "queued")[0].data["job_id"]))
         with Lease(client, job, StopFlag()) as lease:
             status.on_job(lease)
+            lease.report("mapping", 0, 9)
+            time.sleep(0.05)
             lease.report("mapping", 3, 9)
             shown = httpx.get(f"{url}/status").json()
             assert shown["job"]["job_id"] == job.job_id
             assert shown["job"]["kind"] == "vocabulary_map"
+            seconds_left = shown["job"]["progress"].pop("seconds_left")
+            assert 0.1 <= seconds_left < 60, "six are left, and three took 0.05 s or more"
             assert shown["job"]["progress"] == {"step": "mapping", "done": 3, "total": 9}
             status.on_job(None)
         assert httpx.get(f"{url}/status").json()["jobs_ended"] == 1

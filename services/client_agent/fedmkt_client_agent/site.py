@@ -1,7 +1,9 @@
 """What the tasks of one site work with, built once at the start."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -9,13 +11,23 @@ from fedmkt import fault_points
 from fedmkt.client import CoordinatorClient, Traffic
 from fedmkt.ml.checkpoints import Checkpoints
 from fedmkt.ml.party import Party
+from fedmkt.privacy import PrivacyLedger
 from fedmkt.private_set import PrivateSet
 from fedmkt.protocol import FederationConfig
 from fedmkt.public_set import PublicSet
 from fedmkt.round_plan import RoundPlan
 from fedmkt.stopping import StopFlag
+from fedmkt_client_agent.consent import Consent, EndOfWork
+from fedmkt_client_agent.patience import patiently
+from fedmkt_client_agent.states import DISK_STATES, reason_of, state_of
 from fedmkt_client_agent.status import Status
 from fedmkt_client_agent.store import AgentState, AgentStore, RoundWork
+
+if TYPE_CHECKING:
+    from fedmkt.ml.private_budget import PrivacyBudget
+
+Answer = TypeVar("Answer")
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,8 +44,15 @@ class Site:
     public_set: PublicSet
     status: Status
     stop: StopFlag
+    consent: Consent
+    rejoin: Callable[["Site"], bool]  # after a revocation: True when a new token has let the site in again
     checkpoint_s: float
+    budget: "PrivacyBudget | None" = None  # of differential privacy, where the site wants it
     _counted: Traffic = field(default_factory=Traffic)
+
+    def came_in(self, client: CoordinatorClient, key: Ed25519PrivateKey, state: AgentState) -> None:
+        """Again, after a revocation: under another id, with what it has learned."""
+        self.client, self.key, self.state, self._counted = client, key, state, Traffic()
 
     def plan(self, round_number: int, slice_index: int) -> RoundPlan:
         assert self.state.federation_id is not None, "enrolled"
@@ -44,8 +63,9 @@ class Site:
         assert self.state.work is not None, "begin_round comes first"
         return self.state.work
 
-    def begin_round(self, round_id: str) -> None:
+    def begin_round(self, round_id: str, round_number: int) -> None:
         """Start a new page for this round, unless it is the one at hand."""
+        self.consent.outbox.begin(round_id, round_number)
         if self.state.work is None or self.state.work.round_id != round_id:
             self.store.own_knowledge.unlink(missing_ok=True)
             last = self.state.work.report if self.state.work is not None else None
@@ -75,24 +95,50 @@ class Site:
         self.note(seconds=seconds, **work)
         for done in work:
             fault_points.reach(f"agent.{done}.uncommitted")
-        self.state = self.store.commit(self.state)
+        self.state = self.kept(lambda: self.store.commit(self.state))
         for done in work:
             fault_points.reach(f"agent.{done}.committed")
 
     def commit_party(self, *, state: dict[str, Any] | None = None, **changes: Any) -> None:
         """`commit`, together with the party as it is in memory now."""
-        saved = self.store.save_party(self.state, self.party.save)
+        saved = self.kept(lambda: self.store.save_party(self.state, self.party.save))
         self.state = saved.model_copy(update=state or {})
         self.commit(**changes)
 
+    def charge(self, ledger: PrivacyLedger) -> None:
+        """What has been spent of the privacy budget, before the step that it is for."""
+        fault_points.reach("agent.privacy.uncommitted")
+        spent = self.state.model_copy(update={"privacy": ledger})
+        self.state = self.kept(lambda: self.store.commit(spent))
+        fault_points.reach("agent.privacy.committed")
+
+    def kept(self, write: Callable[[], Answer]) -> Answer:
+        """Write what was worked for; a disk that is full or read-only is waited for, so that the work is not lost."""
+        return patiently(write, self.status, self.stop, only=DISK_STATES)
+
     def progress(self, step: str, done: int, total: int, /) -> None:
-        """The progress of every phase: shown, logged now and again, and the place where a stop is noticed."""
+        """The progress of every phase: shown, logged now and again, and the place where it is noticed that the program
+        shall end or the hours have ended."""
+        self.status.update(state="working")
         self.status.progress(step, done, total)
         fault_points.reach(f"agent.{step}")
         self.stop.check()
+        self.consent.check_open()
 
     def checkpoints(self, phase: str) -> Checkpoints:
         """Of one training of this round."""
-        return Checkpoints(
-            self.store.checkpoint, f"{self.work.round_id} {phase}", interval_s=self.checkpoint_s, stop=self.stop
-        )
+        end = EndOfWork(self.stop, self.consent)
+        key = f"{self.work.round_id} {phase}" + ("" if self.budget is None else " with differential privacy")
+        return CheckpointsWhileThereIsRoom(self.store.checkpoint, key, interval_s=self.checkpoint_s, stop=end)
+
+
+class CheckpointsWhileThereIsRoom(Checkpoints):
+    """A checkpoint that the disk does not take is missed, not the training."""
+
+    def offer(self, party: Party, steps_done: int, total: int) -> None:
+        try:
+            super().offer(party, steps_done, total)
+        except Exception as error:
+            if state_of(error) not in DISK_STATES:
+                raise
+            log.warning("checkpoint.not_written", extra={"reason": reason_of(error)})

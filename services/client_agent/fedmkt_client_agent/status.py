@@ -4,19 +4,19 @@ import logging
 import threading
 import time
 from datetime import UTC, datetime
-from typing import Literal
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 
 from fedmkt import __version__
+from fedmkt.errors import Refusal
+from fedmkt.privacy import PrivacyView
 from fedmkt.work_metrics import WorkMetrics
+from fedmkt_client_agent.states import TO_DO, State, frames_of, reason_of, state_of
 
 log = logging.getLogger(__name__)
 
 LOG_INTERVAL_S = 10.0  # progress within one step is logged this often at most
-
-State = Literal["starting", "waiting", "working", "unreachable", "failed", "finished", "stopped"]
 
 
 class StatusView(BaseModel):
@@ -25,6 +25,7 @@ class StatusView(BaseModel):
     version: str = __version__
     state: State = "starting"
     reason: str = ""
+    to_do: str = ""  # what people can do about it; "" when nothing is wrong
     site: str | None = None
     federation_id: str | None = None
     round_id: str | None = None
@@ -33,6 +34,7 @@ class StatusView(BaseModel):
     done: int = 0
     total: int = 0
     rounds_applied: int = 0
+    privacy: PrivacyView | None = None  # none: trains without differential privacy
     since: datetime
 
 
@@ -52,8 +54,24 @@ class Status:
     def update(self, **changes: object) -> None:
         with self._lock:
             if "state" in changes and changes["state"] != self._view.state:
-                changes = {"since": datetime.now(UTC), "reason": "", **changes}
+                changes = {"since": datetime.now(UTC), "reason": "", "to_do": "", **changes}
             self._view = self._view.model_copy(update=changes)
+
+    def show(self, state: State, reason: str) -> None:
+        """A state in which nothing is worked on, with what to do about it."""
+        self.update(state=state, step="", done=0, total=0)
+        self.update(reason=reason, to_do=TO_DO.get(state, ""))
+
+    def trouble(self, error: Exception, pause_s: float) -> State:
+        """Show and log what went wrong before the next try. What an unexpected exception says is not told."""
+        state = state_of(error)
+        about = {"state": state, "reason": reason_of(error), "to_do": TO_DO[state], "pause_s": pause_s}
+        if isinstance(error, Refusal):
+            log.warning("agent.trouble", extra=about)
+        else:
+            log.error("agent.trouble", extra={**about, "raised": frames_of(error)})
+        self.show(state, reason_of(error))
+        return state
 
     def progress(self, step: str, done: int = 0, total: int = 0) -> None:
         """Note how far a step is; logs its beginning and then now and again."""

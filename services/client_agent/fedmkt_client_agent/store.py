@@ -4,27 +4,32 @@
     state.json       AgentState, replaced whole      party-<number>/    adapter and optimizer, as last committed
     own.safetensors  the site's wide knowledge of the round being worked on
     checkpoint.safetensors  a training that was interrupted
+    vocabulary       as it was sent                  ledger.jsonl       every transfer (`ledger`)
+    outbox/          what is sent in this round      approved.json      what people have approved (`fedmkt.outbox`)
 
 `state.json` is the commit point: a party folder counts from the moment the state names it. A process killed anywhere
 finds either the step before or the step after, never half of one.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fedmkt.durable import sync, write_atomically
 from fedmkt.errors import Refusal
+from fedmkt.privacy import PrivacyLedger
 from fedmkt.protocol import ApplyReport, Evaluation, TrainingReport
 
 STATE_VERSION = 1
+FIRST_KEY = "key.pem"
 
 
 class StateUnreadable(Refusal):
     code = "agent.state_unreadable"
     title = "The agent's state cannot be used"
+    remedy = "Restore state.json from a backup; else have the site revoked, and enrol it in a new state folder."
 
 
 class RoundWork(BaseModel):
@@ -54,9 +59,12 @@ class AgentState(BaseModel):
     federation_id: str | None = None
     site: str | None = None
     receipt_keys: tuple[str, ...] = ()
+    key: str = FIRST_KEY  # file name; a site that was revoked joins again with another
+    token_digest: str | None = None  # SHA-256 of the enrolment token that was used up
     party: str | None = None  # folder name; none: the bare base model
     party_number: int = 0  # how often the adapter was changed and kept
     rounds_trained: int = 0
+    privacy: PrivacyLedger | None = None  # what was spent; none: trained without differential privacy, if at all
     work: RoundWork | None = None
 
 
@@ -65,11 +73,12 @@ class AgentStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.key_file = folder / "key.pem"
+        self.key_file = folder / FIRST_KEY
         self.artifacts = folder / "artifacts"
         self.own_knowledge = folder / "own.safetensors"
         self.checkpoint = folder / "checkpoint.safetensors"
         self.status_file = folder / "status.json"
+        self.vocabulary = folder / "vocabulary"
         self._state_file = folder / "state.json"
 
     def load(self) -> AgentState:
@@ -103,6 +112,9 @@ class AgentStore:
             sync(path)
         return state.model_copy(update={"party": name, "party_number": state.party_number + 1})
 
+    def key_of(self, state: AgentState) -> Path:
+        return self.folder / state.key
+
     def party_folder(self, state: AgentState) -> Path | None:
         return None if state.party is None else self.folder / state.party
 
@@ -110,23 +122,3 @@ class AgentStore:
         for folder in self.folder.glob("party-*"):
             if folder.name != state.party:
                 shutil.rmtree(folder)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file so that a crash leaves the old content or the new, and the new survives a power cut."""
-    draft = path.with_name(f".{path.name}.new")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's or folder's content is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -27,12 +27,14 @@ class NothingBefore(Refusal):
     status = 409
     code = "adapter.no_parent"
     title = "There is no version to go back to"
+    remedy = "Nothing to do: the federation works with the bare base model."
 
 
 class AdapterMovedOn(Refusal):
     status = 409
     code = "adapter.not_promoted"
     title = "Another version is promoted"
+    remedy = "Look which version is promoted now (`fedmkt adapter list FEDERATION`), then decide again."
 
 
 async def promote(store: Store, federation_id: str, version: int) -> AdapterRow:

@@ -19,10 +19,8 @@ from fedmkt_coordinator.context import Context
 from fedmkt_coordinator.dependencies import Dependencies
 from fedmkt_coordinator.description import describe
 from fedmkt_coordinator.embedded_redis import EmbeddedRedis
-from fedmkt_coordinator.handshake import Handshake
 from fedmkt_coordinator.keeper import Keeper
 from fedmkt_coordinator.keys import CoordinatorKey
-from fedmkt_coordinator.limits import Gate
 from fedmkt_coordinator.metrics import Metrics
 from fedmkt_coordinator.observed import Observed
 from fedmkt_coordinator.outbound import Outbound
@@ -32,10 +30,10 @@ from fedmkt_coordinator.queue import JobQueue, without_password
 from fedmkt_coordinator.rate_limits import Rates
 from fedmkt_coordinator.readiness import WaitsFor
 from fedmkt_coordinator.routes import methods_of, routers
-from fedmkt_coordinator.routes.conditional import Polls
 from fedmkt_coordinator.settings import Settings
 from fedmkt_coordinator.store import Clock, Outbox, Store, open_engine
 from fedmkt_coordinator.store.migrate import migrate
+from fedmkt_coordinator.vocabularies import Vocabularies
 from fedmkt_coordinator.wakeups import Announcer, Wakeups
 from fedmkt_coordinator.webhooks import ATTEMPT_S, Deliverer
 
@@ -85,6 +83,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now, keep_time: bool = 
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # `Observed` does that
         generate_unique_id_function=lambda route: f"{route.tags[0]}_{route.name}",
         responses={"default": {"model": Problem, "description": "A problem: what is wrong, and what to do"}},
     )
@@ -93,11 +92,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now, keep_time: bool = 
         app.include_router(router)
     app.state.methods_of = methods_of
     describe(app, routers)
-    app.add_middleware(Polls)  # the innermost: what others count and limit, they see
-    app.add_middleware(Gate, body_grace_s=settings.body_grace_s)
-    app.add_middleware(Handshake)
-    app.add_middleware(ReadAhead)
-    app.add_middleware(Observed)  # the outermost
+    app.add_middleware(Observed, body_grace_s=settings.body_grace_s)
+    app.add_middleware(ReadAhead)  # the outermost
     return app
 
 
@@ -139,6 +135,7 @@ async def _open(settings: Settings, clock: Clock, redis: EmbeddedRedis | None, s
         store=store,
         artifacts=artifacts,
         public_sets=PublicSets(artifacts),
+        vocabularies=Vocabularies(store),
         queue=queue,
         redis_url=redis_url,
         wakeups=Wakeups(settings.poll_recheck_s),

@@ -12,13 +12,11 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-import obstore
-from obstore.store import ObjectStore
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmkt.errors import Refusal
+from fedmkt_coordinator.objects import Objects
 
 MIN_KEPT_BYTES = 1024  # what a broken request brought beyond the bytes already there; less is not worth an object
 IDLE_S = 5.0  # a sender that is silent for so long may have given up on the line: what it sent is kept meanwhile
@@ -95,8 +93,8 @@ class _Coming:
 
 
 class Arrivals:
-    def __init__(self, store: ObjectStore, folder: str) -> None:
-        self._store = store
+    def __init__(self, objects: Objects, folder: str) -> None:
+        self._objects = objects
         self._folder = folder
         self._coming: dict[str, list[_Coming]] = {}
 
@@ -163,7 +161,7 @@ class Arrivals:
         new = data[have - span.start :] if span.start <= have else b""
         if len(new) >= MIN_KEPT_BYTES or (new and span.start + len(data) == span.stop):
             path = f"{self._folder}/{key}/{have:012d}-{have + len(new):012d}"
-            await obstore.put_async(self._store, path, new)
+            await self._objects.put(path, new)
 
     async def stream(self, key: str, stop: int) -> AsyncIterator[bytes]:
         """Bytes 0 to stop - 1, which must be there."""
@@ -173,22 +171,21 @@ class Arrivals:
                 return
             if end <= at:
                 continue
-            found = await obstore.get_async(self._store, f"{self._folder}/{key}/{start:012d}-{end:012d}")
-            piece = bytes(await found.bytes_async())[at - start : stop - start]
+            found = await self._objects.get(f"{self._folder}/{key}/{start:012d}-{end:012d}")
+            piece = found[at - start : stop - start]
             yield piece
             at += len(piece)
 
     async def drop(self, key: str) -> None:
         """Forget a body, or every body below a prefix."""
         for path in await self._paths(key):
-            with suppress(FileNotFoundError):  # another request or replica was faster
-                await obstore.delete_async(self._store, path)
+            await self._objects.delete(path)
 
     async def _spans(self, key: str) -> list[tuple[int, int]]:
         return [_span(path.rpartition("/")[2]) for path in await self._paths(key)]
 
     async def _paths(self, key: str) -> list[str]:
-        return [each["path"] async for page in obstore.list(self._store, f"{self._folder}/{key}/") for each in page]
+        return await self._objects.paths(f"{self._folder}/{key}/")
 
 
 class ReadAhead:
@@ -204,11 +201,10 @@ class ReadAhead:
         self._broken: dict[str, set[asyncio.Event]] = {}  # by address: requests whose line broke, until they end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        span = Headers(scope=scope).get("content-range") if scope["type"] == "http" else None
-        if span is None:
+        if scope["type"] != "http" or (span := dict(scope["headers"]).get(b"content-range")) is None:
             await self._app(scope, receive, send)
             return
-        if "*" in span:
+        if b"*" in span:
             await self._settled(scope["path"])
         held: asyncio.Queue[Message] = asyncio.Queue(HELD_MESSAGES)
         ended = asyncio.Event()

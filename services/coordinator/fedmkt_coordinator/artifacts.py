@@ -5,27 +5,26 @@ that was put survives a power cut: receipts and finished jobs name it. Chunks ma
 """
 
 import asyncio
+import errno
 import hashlib
 import os
 import secrets
-import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Self
 
-import obstore
-from obstore.store import LocalStore, ObjectStore, from_url
 from starlette.requests import Request
 
 from fedmkt import fault_points
 from fedmkt.errors import Refusal
 from fedmkt.protocol import CHUNK_BYTES, ArtifactReceipt
 from fedmkt_coordinator.arrivals import Arrivals, Pieces, read_range
+from fedmkt_coordinator.objects import READ_BYTES, Objects, telling
 
-READ_BYTES = 1 << 20  # one piece of a stream
 MAX_ARTIFACT_BYTES = 4 << 30
+MOST_TRIES = 100  # to write where another request takes folders away
 MAX_PART_BYTES = 8 << 20  # of an artifact that comes in parts: held in memory
 
 ARTIFACTS = "artifacts"  # artifacts/<first two digits>/<digest>
@@ -37,6 +36,7 @@ class ArtifactUnknown(Refusal):
     status = 404
     code = "artifact.unknown"
     title = "No such artifact"
+    remedy = "Take the digest from the coordinator's last answer. A site sees only artifacts that its tasks name."
 
 
 class ArtifactDigest(Refusal):
@@ -48,6 +48,7 @@ class ArtifactTooLarge(Refusal):
     status = 413
     code = "artifact.too_large"
     title = "The artifact is too large"
+    remedy = "Send something smaller: a subset of the public set, or an adapter of lower rank."
 
 
 class PartTooLarge(Refusal):
@@ -57,34 +58,34 @@ class PartTooLarge(Refusal):
 
 
 class ArtifactStore:
-    def __init__(self, store: ObjectStore) -> None:
-        self._store = store
-        self.arrivals = Arrivals(store, INCOMING)
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self.arrivals = Arrivals(objects, INCOMING)
         # An object store has kept what it has answered; a file system keeps what it was asked to synchronise.
-        self._disk = _Disk(Path(store.prefix)) if isinstance(store, LocalStore) and store.prefix else None
+        self._disk = None if objects.root is None else _Disk(objects.root)
 
     @classmethod
     def open(cls, url: str | None, state_dir: Path) -> Self:
         if url is None:
-            store = LocalStore(state_dir / "objects", mkdir=True, automatic_cleanup=True)
+            objects = Objects.in_folder(state_dir / "objects")
             _sync(state_dir)
-            return cls(store)
-        return cls(from_url(url))
+            return cls(objects)
+        return cls(Objects.at(url))
 
     async def ping(self) -> None:
-        """Raises what the store raises when it cannot be written to and read from."""
-        await obstore.put_async(self._store, f"{INCOMING}/ping", b"ping")
-        await obstore.head_async(self._store, f"{INCOMING}/ping")
+        """Raises DependencyDown when the store cannot be written to and read from."""
+        await self._objects.put(f"{INCOMING}/ping", b"ping")
+        await self._objects.size(f"{INCOMING}/ping")
 
     # -------------------------------------------------------------------------------------------- artifacts
 
     async def put(self, data: bytes) -> str:
         digest = (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
         if self._disk is None:
-            await obstore.put_async(self._store, _path(digest), data)
+            await self._objects.put(_path(digest), data)
         else:
             draft = _draft()
-            await obstore.put_async(self._store, draft, data)
+            await self._objects.put(draft, data)
             await self._name(draft, digest)
         return digest
 
@@ -92,9 +93,9 @@ class ArtifactStore:
         """Store what comes if it has that digest, and return its size; ArtifactDigest otherwise, with nothing kept."""
         draft = _draft()
         seen = _Hashed(pieces)
-        await obstore.put_async(self._store, draft, seen)
+        await self._objects.put(draft, seen)
         if seen.digest != digest:
-            await obstore.delete_async(self._store, draft)
+            await self._objects.delete(draft)
             raise ArtifactDigest(
                 f"{seen.size_bytes} bytes came with SHA-256 {seen.digest}, the address says {digest}; send them again"
             )
@@ -120,8 +121,10 @@ class ArtifactStore:
         if arrived == span.total:
             try:
                 await self.put_stream(digest, self.arrivals.stream(key, span.total))
-            finally:
+            except ArtifactDigest:
                 await self.arrivals.drop(key)
+                raise
+            await self.arrivals.drop(key)
         return ArtifactReceipt(digest=digest, size_bytes=span.total, arrived_bytes=arrived)
 
     async def _exists(self, digest: str) -> bool:
@@ -135,70 +138,84 @@ class ArtifactStore:
         """Make a draft the artifact of that digest: first its bytes are safe, then its name, so no name lacks bytes."""
         path = _path(digest)
         if self._disk is not None:
-            await asyncio.to_thread(self._disk.sync_bytes, draft)
+            with telling():
+                await asyncio.to_thread(self._disk.sync_bytes, draft)
         fault_points.reach("artifact.drafted")
-        await obstore.rename_async(self._store, draft, path)
+        await self._objects.rename(draft, path)
         if self._disk is not None:
-            await asyncio.to_thread(self._disk.sync_name, path)
+            with telling():
+                await asyncio.to_thread(self._disk.sync_name, path)
         fault_points.reach("artifact.stored")
 
     async def size(self, digest: str) -> int:
         try:
-            return int((await obstore.head_async(self._store, _path(digest)))["size"])
+            return await self._objects.size(_path(digest))
         except FileNotFoundError as error:
             raise ArtifactUnknown(f"there is no artifact {digest}") from error
 
     async def get(self, digest: str) -> bytes:
         await self.size(digest)
-        return bytes(await (await obstore.get_async(self._store, _path(digest))).bytes_async())
+        return await self._objects.get(_path(digest))
 
     async def stream(self, digest: str, start: int, stop: int) -> AsyncIterator[bytes]:
-        """Bytes start..stop-1 in pieces."""
-        if start == stop:
-            return
-        found = await obstore.get_async(self._store, _path(digest), options={"range": (start, stop)})
-        async for piece in found.stream(min_chunk_size=READ_BYTES):
-            yield bytes(piece)
+        """Bytes start..stop-1 in pieces; an answer may begin once this has returned them."""
+        return _nothing() if start == stop else await self._objects.stream(_path(digest), start, stop)
 
     # -------------------------------------------------------------------------------------------- chunks of uploads
 
-    async def put_chunk(self, upload_id: str, number: int, data: Pieces, check: Callable[[Pieces], None]) -> None:
-        """Keep the chunk if `check` lets it pass; that hashes, and runs in the thread that writes."""
-        if self._disk is None:
-            await asyncio.to_thread(check, data)
-            await obstore.put_async(self._store, _chunk(upload_id, number), b"".join(data))
-            return
+    async def put_chunk(self, upload_id: str, number: int, pieces: Pieces, check: Callable[[bytes], None]) -> None:
+        """Keep the chunk if `check` lets it pass; that hashes, and runs in the thread that writes.
+
+        The pieces are copied together first: with each one hashed and written by itself, the thread and the event loop
+        would take the interpreter from each other at every step, which costs more than the copy.
+        """
         disk, path = self._disk, _whole(upload_id)
 
-        def keep() -> None:
+        def keep() -> bytes:
+            data = b"".join(pieces)
             check(data)
-            disk.write_at(path, number * CHUNK_BYTES, data)
+            if disk is not None:
+                disk.write_at(path, number * CHUNK_BYTES, data)
+            return data
 
-        await asyncio.to_thread(keep)
+        with telling():
+            data = await asyncio.to_thread(keep)
+        if disk is None:
+            await self._objects.put(_chunk(upload_id, number), data)
 
-    async def keep_upload(self, upload_id: str, digest: str, blob: bytes) -> None:
+    async def keep_upload(self, upload_id: str, digest: str, blob: bytes | None) -> None:
         """Make the assembled upload the artifact of that digest, which it has. On a disk its bytes lie there."""
         if self._disk is None:
-            await obstore.put_async(self._store, _path(digest), blob)
+            assert blob is not None, "what has no digest in its place was assembled"
+            await self._objects.put(_path(digest), blob)
             return
         try:
             await self._name(_whole(upload_id), digest)
         except FileNotFoundError:  # named before, by an attempt that got no further
             await self.size(digest)
 
+    async def digest_of_upload(self, upload_id: str) -> str | None:
+        """Of all its bytes, which are not held for it; None where they lie in more than one place, or are gone."""
+        if self._disk is None:
+            return None
+        with telling(), suppress(FileNotFoundError):
+            return await asyncio.to_thread(self._disk.digest, _whole(upload_id))
+        return None
+
     async def assemble(self, upload_id: str, chunks: int) -> bytes:
         """The whole upload in memory: it is checked as one piece. FileNotFoundError when something of it is gone."""
         if self._disk is not None:
-            return await asyncio.to_thread(self._disk.read, _whole(upload_id))
+            with telling():
+                return await asyncio.to_thread(self._disk.read, _whole(upload_id))
         whole = bytearray()
         for number in range(chunks):
-            found = await obstore.get_async(self._store, _chunk(upload_id, number))
-            whole += await found.bytes_async()
+            whole += await self._objects.get(_chunk(upload_id, number))
         return bytes(whole)
 
     async def drop_chunks(self, upload_id: str) -> None:
         if self._disk is not None:
-            await asyncio.to_thread(self._disk.remove, f"{UPLOADS}/{upload_id}")
+            with telling():
+                await asyncio.to_thread(self._disk.remove, _whole(upload_id))
             return
         await self._drop(f"{UPLOADS}/{upload_id}/")
 
@@ -207,14 +224,10 @@ class ArtifactStore:
         return await self._drop(f"{INCOMING}/", before)
 
     async def _drop(self, prefix: str, before: datetime | None = None) -> int:
-        dropped = 0
-        async for page in obstore.list(self._store, prefix):
-            paths = [each["path"] for each in page if before is None or each["last_modified"] < before]
-            for path in paths:
-                with suppress(FileNotFoundError):  # another request or replica was faster
-                    await obstore.delete_async(self._store, path)
-            dropped += len(paths)
-        return dropped
+        paths = await self._objects.paths(prefix, before)
+        for path in paths:
+            await self._objects.delete(path)
+        return len(paths)
 
 
 class _Disk:
@@ -224,32 +237,46 @@ class _Disk:
         self._root = root
         self._kept: set[Path] = set()  # folders whose own names are safe
 
-    def write_at(self, path: str, offset: int, data: Pieces) -> None:
+    def write_at(self, path: str, offset: int, data: bytes) -> None:
         """All chunks of an upload go into one file, each in its place: what is complete need not be written again."""
         handle = self._open(self._root / path)
         try:
-            for piece in data:
-                left = memoryview(piece)
-                while left:
-                    written = os.pwrite(handle, left, offset)
-                    left, offset = left[written:], offset + written
+            left = memoryview(data)
+            while left:
+                written = os.pwrite(handle, left, offset)
+                left, offset = left[written:], offset + written
         finally:
             os.close(handle)
 
     def _open(self, target: Path) -> int:
+        """Also while another request removes the folder: whoever empties one of these takes it away."""
         flags = os.O_WRONLY | os.O_CREAT
-        try:
-            return os.open(target, flags, 0o600)
-        except FileNotFoundError:  # the upload's first chunk
-            target.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(target, flags, 0o600)
+        for _ in range(MOST_TRIES):
+            with suppress(FileNotFoundError):
+                return os.open(target, flags, 0o600)
+            with suppress(FileNotFoundError):  # the folder above went, too
+                target.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(target, flags, 0o600)
 
     def read(self, path: str) -> bytes:
         return (self._root / path).read_bytes()
 
-    def remove(self, folder: str) -> None:
-        with suppress(FileNotFoundError):  # another request was faster
-            shutil.rmtree(self._root / folder)
+    def digest(self, path: str) -> str:
+        found, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+        with (self._root / path).open("rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                found.update(buffer[:size])
+        return found.hexdigest()
+
+    def remove(self, path: str) -> None:
+        """The file and its folder, unless another request was faster, or writes there again: that one clears it up."""
+        target = self._root / path
+        target.unlink(missing_ok=True)
+        try:
+            target.parent.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
 
     def sync_bytes(self, path: str) -> None:
         _sync(self._root / path)
@@ -291,6 +318,11 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    return
+    yield b""
 
 
 def _draft() -> str:

@@ -1,5 +1,6 @@
 """`fedmkt coordinator`: run the service, or show what an operator needs to reach it."""
 
+import asyncio
 import logging
 import os
 from pathlib import Path
@@ -18,6 +19,8 @@ from fedmkt_coordinator.connections import with_bounded_heads
 from fedmkt_coordinator.context import Context
 from fedmkt_coordinator.credentials import FILE, STAFF, read_or_make
 from fedmkt_coordinator.settings import Settings, read_settings
+from fedmkt_coordinator.store import open_engine
+from fedmkt_coordinator.store.migrate import migrate
 
 app = typer.Typer(help="Run the coordinator: it schedules rounds and serves sites, the LLM server and dashboards.")
 
@@ -109,3 +112,24 @@ def init(state_dir: StateDir = None) -> None:
     for role in STAFF:
         typer.echo(f"{role}: {getattr(credentials, role)}")
     typer.echo(f"Kept in {folder / FILE}, which only its owner can read. They are shown here this once.")
+
+
+@app.command("migrate")
+def migrate_database() -> None:
+    """Bring the database that the FEDMKT_ variables name to the present schema, and end.
+
+    Every start of the coordinator does the same; an upgrade of many replicas does it once, before the first of them.
+    """
+    settings = read_settings()
+    settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    asyncio.run(_migrate(settings))
+    typer.echo("the database has the present schema")
+
+
+async def _migrate(settings: Settings) -> None:
+    url = settings.database_url
+    engine = open_engine(url.get_secret_value() if url else None, settings.state_dir)
+    try:
+        await migrate(engine)
+    finally:
+        await engine.dispose()

@@ -12,7 +12,7 @@ def with_bounded_heads(seconds: float, protocol: Any = AutoHTTPProtocol) -> type
     """uvicorn's protocol, which breaks a connection off when a request's head takes longer than `seconds` or 64 KiB.
 
     The time runs from the connection's beginning, or from a later request's first byte, until the head is whole; how
-    long a body may take is for `limits.Gate`, and how long an idle connection stays for uvicorn.
+    long a body may take is for `limits.Reading`, and how long an idle connection stays for uvicorn.
     """
 
     class Impatient(protocol):  # type: ignore[misc]  # which class it is depends on what is installed

@@ -20,6 +20,7 @@ from fedmkt_coordinator.readiness import WaitsFor
 from fedmkt_coordinator.settings import Settings
 from fedmkt_coordinator.store import Clock, Store
 from fedmkt_coordinator.uploads import Desk
+from fedmkt_coordinator.vocabularies import Vocabularies
 from fedmkt_coordinator.wakeups import Wakeups
 
 
@@ -29,6 +30,7 @@ class Context:
     store: Store
     artifacts: ArtifactStore
     public_sets: PublicSets
+    vocabularies: Vocabularies
     queue: JobQueue
     redis_url: str
     wakeups: Wakeups

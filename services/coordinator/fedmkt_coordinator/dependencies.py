@@ -19,6 +19,18 @@ REMEDIES = {
     "redis": "see that Redis runs and FEDMKT_REDIS_URL leads there; requests go on, and jobs wait until then",
 }
 NEEDED = frozenset({"database", "artifacts"})
+ASK_AGAIN_S = 2  # told with Retry-After
+
+
+class DependencyDown(Exception):
+    """The database or the artifact store does not answer: no rule is broken, and the same request may work soon.
+
+    `str` is for the log and may name addresses; what anybody may read is the remedy.
+    """
+
+    def __init__(self, dependency: str, cause: BaseException) -> None:
+        super().__init__(f"{dependency}: {type(cause).__name__}: {str(cause)[:500]}")
+        self.dependency = dependency
 
 
 @dataclass(frozen=True, slots=True)

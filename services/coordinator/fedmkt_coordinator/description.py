@@ -63,6 +63,7 @@ ON_STATUS: dict[str, dict[str, tuple[str, Any]]] = {
     "416": {"Content-Range": ("bytes */TOTAL", TEXT)},
     "426": {"Upgrade": ("The protocol to speak", TEXT)},
     "429": {"Retry-After": ("Seconds to wait", {"type": "integer", "minimum": 0})},
+    "503": {"Retry-After": ("Seconds to wait", {"type": "integer", "minimum": 0})},
 }
 VERSION_HEADER = {
     "name": PROTOCOL_HEADER,
@@ -146,6 +147,7 @@ def _before(route: APIRoute) -> Iterator[Known]:
     yield from problems.ALWAYS
     if route.path.startswith("/v1/"):
         yield problems.OTHER_PROTOCOL
+        yield from problems.DOWN.values()
     if "{" in route.path:
         yield problems.NOT_FOUND
     dependants = [route.dependant, *_dependants(route.dependant)]

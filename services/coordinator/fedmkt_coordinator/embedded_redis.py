@@ -57,7 +57,7 @@ class EmbeddedRedis:
 
     def __init__(self, folder: Path, patience_s: float = 5.0) -> None:
         """`patience_s`: how long to wait for a coordinator that is just leaving the folder."""
-        self._folder = folder
+        self._folder = folder.absolute()  # the server works in it, and would look for its files below it
         self._patience_s = patience_s
         self._lock: int | None = None
         self._process: asyncio.subprocess.Process | None = None

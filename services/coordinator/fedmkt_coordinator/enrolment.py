@@ -26,6 +26,7 @@ SITE_ID = re.compile(r"site_[0-9a-f]{16,32}")
 class SiteNotNamed(Refusal):
     code = "site.not_named"
     title = "The federation does not name this site"
+    remedy = "Ask for a token for one of the names in the federation's configuration, spelled the same."
 
 
 class AlreadyEnrolled(Refusal):

@@ -1,7 +1,6 @@
 """What a federation is made of: its configuration, public set, LLM, and each site's vocabulary and model."""
 
 import asyncio
-from dataclasses import dataclass
 
 from fedmkt.errors import Refusal
 from fedmkt.protocol import (
@@ -12,13 +11,14 @@ from fedmkt.protocol import (
     SiteModel,
     VocabularyReceipt,
 )
-from fedmkt.vocabulary import MalformedVocabulary, Vocabulary
+from fedmkt.vocabulary import MalformedVocabulary
 from fedmkt_coordinator import rounds
 from fedmkt_coordinator.artifacts import ArtifactStore
 from fedmkt_coordinator.public_sets import PublicSets
 from fedmkt_coordinator.readiness import order_maps
 from fedmkt_coordinator.store import Store, Transaction
 from fedmkt_coordinator.store.records import AdapterRow, FederationRow, SiteRow
+from fedmkt_coordinator.vocabularies import Vocabularies, VocabularyFacts
 
 
 class FederationExists(Refusal):
@@ -43,12 +43,6 @@ class VocabularyInUse(Refusal):
     status = 409
     code = "vocabulary.in_use"
     title = "A round uses the site's vocabulary"
-
-
-@dataclass(frozen=True, slots=True)
-class VocabularyFacts:
-    fingerprint: str
-    size: int
 
 
 async def create(store: Store, config: FederationConfig) -> tuple[FederationRow, bool]:
@@ -87,13 +81,17 @@ async def put_public_set(
 
 
 async def register_llm(
-    store: Store, artifacts: ArtifactStore, federation_id: str, registration: LlmRegistration
+    store: Store,
+    artifacts: ArtifactStore,
+    vocabularies: Vocabularies,
+    federation_id: str,
+    registration: LlmRegistration,
 ) -> None:
     """The LLM of the federation. Once a round has begun, its vocabulary and model stay."""
     size = await artifacts.size(registration.vocabulary)
     if size > MAX_VOCABULARY_BYTES:  # as a site's is refused before it is read
         raise MalformedVocabulary(f"the vocabulary has {size} bytes, at most {MAX_VOCABULARY_BYTES} expected")
-    facts = await read_vocabulary(await artifacts.get(registration.vocabulary))
+    facts = await vocabularies.read(await artifacts.get(registration.vocabulary))
     model = registration.model
     async with store.write() as tx:
         federation = await tx.federation(federation_id, lock=True)
@@ -131,8 +129,10 @@ def _bare_model(federation_id: str, tx: Transaction) -> AdapterRow:
     )
 
 
-async def put_vocabulary(store: Store, artifacts: ArtifactStore, site: SiteRow, data: bytes) -> VocabularyReceipt:
-    facts = await read_vocabulary(data)
+async def put_vocabulary(
+    store: Store, artifacts: ArtifactStore, vocabularies: Vocabularies, site: SiteRow, data: bytes
+) -> VocabularyReceipt:
+    facts = await vocabularies.read(data)
     digest = await artifacts.put(data)
     async with store.write() as tx:
         await tx.federation(site.federation_id, lock=True)
@@ -179,13 +179,3 @@ async def put_model(store: Store, site: SiteRow, model: SiteModel) -> None:
                 private_samples=model.private_samples,
             )
         await rounds.advance(tx, site.federation_id)
-
-
-async def read_vocabulary(data: bytes) -> VocabularyFacts:
-    """Parse and check a vocabulary off the event loop; only what the database keeps comes back."""
-    return await asyncio.to_thread(_read_vocabulary, data)
-
-
-def _read_vocabulary(data: bytes) -> VocabularyFacts:
-    vocabulary = Vocabulary.from_bytes(data)
-    return VocabularyFacts(vocabulary.fingerprint, vocabulary.size)

@@ -1,9 +1,10 @@
 """The protocol's version on every request and answer. A program that sends another one is told so before all else."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import Scope
 
 from fedmkt.errors import Refusal
 from fedmkt.protocol import PROTOCOL_HEADER, PROTOCOL_VERSION
@@ -30,33 +31,18 @@ def check_protocol(spoken: str) -> None:
     raise OtherProtocol(f"the coordinator speaks protocol {PROTOCOL_VERSION}, the client {spoken[:20]}; {remedy}")
 
 
-class Handshake:
-    """ASGI middleware. Without the header a request passes: curl and dashboards need not know of it.
+def other_protocol(scope: Scope, headers: Mapping[bytes, bytes]) -> Response | None:
+    """The answer to a client of another version. Without the header a request passes: curl need not know of it.
 
     Only /v1 is guarded: health and /version answer whoever asks.
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def versioned(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[PROTOCOL_HEADER] = str(PROTOCOL_VERSION)
-            await send(message)
-
-        spoken = next((value for name, value in scope["headers"] if name == NAME), None)
-        if spoken is not None and scope["path"].startswith("/v1/"):
-            try:
-                check_protocol(spoken.decode("latin-1"))
-            except OtherProtocol as refusal:
-                answer = problem_response(
-                    refusal.status, refusal.code, refusal.title, refusal.detail, scope["path"], refusal.headers
-                )
-                await answer(scope, receive, versioned)
-                return
-        await self._app(scope, receive, versioned)
+    spoken = headers.get(NAME)
+    if spoken is None or not scope["path"].startswith("/v1/"):
+        return None
+    try:
+        check_protocol(spoken.decode("latin-1"))
+    except OtherProtocol as refusal:
+        return problem_response(
+            refusal.status, refusal.code, refusal.title, refusal.detail, scope["path"], refusal.headers
+        )
+    return None

@@ -36,6 +36,7 @@ class LeaseLost(Refusal):
 class WrongResult(Refusal):
     code = "job.wrong_result"
     title = "The result does not fit the job"
+    remedy = "Run coordinator and LLM server in one version; the worker leaves the job to the next attempt."
 
 
 class ResultMissing(Refusal):

@@ -14,6 +14,7 @@ from fedmkt import fault_points
 from fedmkt.tracing import traced
 from fedmkt_coordinator import jobs, rounds, uploads
 from fedmkt_coordinator.context import Context
+from fedmkt_coordinator.dependencies import DependencyDown
 from fedmkt_coordinator.embedded_redis import EmbeddedRedis
 from fedmkt_coordinator.queue import Unavailable
 from fedmkt_coordinator.wakeups import Announcer
@@ -70,6 +71,9 @@ class Keeper:
     async def _step(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
         try:
             await step()
+        except DependencyDown as error:
+            log.warning("keeper.step_postponed", extra={"step": name, "reason": str(error)})
+            self._listening_since = asyncio.get_running_loop().time()  # no heartbeat is heard either
         except Exception:  # the top of the loop: logged with its traceback, tried again at the next tick
             log.exception("keeper.step_failed", extra={"step": name})
             self._context.metrics.step_failures.labels(name.split(" ")[0]).inc()

@@ -5,17 +5,16 @@ All of it is enforced before anything parses the body.
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
-from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmkt.protocol import CHUNK_BYTES, MAX_VOCABULARY_BYTES
 from fedmkt_coordinator.artifacts import MAX_ARTIFACT_BYTES
 from fedmkt_coordinator.problems import problem_response
-from fedmkt_coordinator.store.audit import SYSTEM, acting
 
 MIB = 1 << 20
 JSON_BYTES = MIB
@@ -50,42 +49,26 @@ class Stop:
     title: str
     detail: str
 
-    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def response(self, scope: Scope) -> Response:
         headers = {"Connection": "close"}  # what is left of the body will not be read
-        response = problem_response(self.status, self.code, self.title, self.detail, scope["path"], headers)
-        await response(scope, receive, send)
+        return problem_response(self.status, self.code, self.title, self.detail, scope["path"], headers)
 
 
 class BodyStopped(Exception):
     """Ends the reading of a body that is too long or too slow; the client sees a problem instead."""
 
 
-class Gate:
-    """ASGI middleware. A declared length is refused at once, an undeclared one as soon as it is too long."""
-
-    def __init__(self, app: ASGIApp, *, body_grace_s: float) -> None:
-        self._app = app
-        self._grace_s = body_grace_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        stop = _unreadable(scope) or _declared_too_large(scope)
-        if stop is not None:
-            await stop.answer(scope, receive, send)
-            return
-        before = acting.set(SYSTEM)  # what a request's own task would give it; some servers have no such task
-        try:
-            await _Reading(self._app, scope, self._grace_s).run(receive, send)
-        finally:
-            acting.reset(before)
+def refused(scope: Scope, headers: Mapping[bytes, bytes]) -> Response | None:
+    """The answer to an address or a declared length that cannot be accepted."""
+    stop = _unreadable(scope) or _declared_too_large(scope, headers)
+    return None if stop is None else stop.response(scope)
 
 
 def _unreadable(scope: Scope) -> Stop | None:
     """No name and no id of ours has control characters; databases and terminals choke on them."""
-    found = CONTROL.search(scope["path"].encode("utf-8", "surrogateescape")) or CONTROL.search(
-        unquote_to_bytes(scope["query_string"])
+    query = scope["query_string"]
+    found = CONTROL.search(scope["path"].encode("utf-8", "surrogateescape")) or (
+        CONTROL.search(unquote_to_bytes(query)) if query else None
     )
     if found is None:
         return None
@@ -93,8 +76,11 @@ def _unreadable(scope: Scope) -> Stop | None:
     return Stop(400, "request.control_character", "The address is not readable", detail)
 
 
-def _declared_too_large(scope: Scope) -> Stop | None:
-    declared, limit = Headers(scope=scope).get("content-length", ""), limit_bytes(scope["method"], scope["path"])
+def _declared_too_large(scope: Scope, headers: Mapping[bytes, bytes]) -> Stop | None:
+    declared = headers.get(b"content-length", b"").decode("latin-1")
+    if not declared:
+        return None
+    limit = limit_bytes(scope["method"], scope["path"])
     return _too_large(f"the body has {declared} bytes", limit, scope) if _above(declared, limit) else None
 
 
@@ -107,7 +93,7 @@ def _too_large(what: str, limit: int, scope: Scope) -> Stop:
     return Stop(413, "body.too_large", "The body is too large", detail)
 
 
-class _Reading:
+class Reading:
     """One request whose body is counted and timed as it comes.
 
     Patience is a budget of seconds: waiting spends it, bytes earn it back, up to the grace. So a stall may last the
@@ -148,7 +134,7 @@ class _Reading:
             if self._answered:
                 raise
         if self._stop is not None and not self._answered:
-            await self._stop.answer(self._scope, receive, send)
+            await self._stop.response(self._scope)(self._scope, receive, send)
 
     async def _in_time(self, receive: Receive) -> Message:
         clock = asyncio.get_running_loop().time

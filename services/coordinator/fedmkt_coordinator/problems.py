@@ -14,6 +14,7 @@ from fedmkt.errors import Refusal
 from fedmkt.logs import bind, bound
 from fedmkt.protocol import Problem
 from fedmkt_coordinator.audit import Refusals
+from fedmkt_coordinator.dependencies import ASK_AGAIN_S, NEEDED, REMEDIES, DependencyDown
 from fedmkt_coordinator.store.audit import acting
 
 log = logging.getLogger(__name__)
@@ -29,13 +30,32 @@ class Known:
     code: str
     title: str
     details: tuple[str, ...]
+    remedy: str = ""  # what to do, where the details leave it open; for docs/troubleshooting.md
 
 
 # What is answered before any route is asked. What routes refuse are classes beside the rules.
 ALWAYS = (
-    Known(400, "request.control_character", "The address is not readable", ("send the address without it",)),
-    Known(408, "body.too_slow", "The body comes too slowly", ("send it again on a better line",)),
-    Known(413, "body.too_large", "The body is too large", ("the body has ... bytes, at most ... are accepted",)),
+    Known(
+        400,
+        "request.control_character",
+        "The address is not readable",
+        ("send the address without it",),
+        "Quote ids in addresses as URLs want it; line ends and other control characters belong in none.",
+    ),
+    Known(
+        408,
+        "body.too_slow",
+        "The body comes too slowly",
+        ("send it again on a better line",),
+        "Send chunks in parts with Content-Range, so that what came is kept; FEDMKT_BODY_GRACE_S is the patience.",
+    ),
+    Known(
+        413,
+        "body.too_large",
+        "The body is too large",
+        ("the body has ... bytes, at most ... are accepted",),
+        "Send large things as uploads in chunks or artifacts in parts; docs/api.md shows both.",
+    ),
     Known(500, "internal", "Internal error", ("the coordinator made a mistake; the request may be sent again",)),
 )
 OTHER_PROTOCOL = Known(
@@ -44,9 +64,13 @@ OTHER_PROTOCOL = Known(
     "Coordinator and client speak different protocols",
     ("the coordinator speaks protocol ..., the client ...; update the ...",),
 )
+DOWN = {
+    name: Known(503, f"{name}.unavailable", f"The coordinator's {name} cannot be reached", ("send it again in 2 s",))
+    for name in sorted(NEEDED)
+}
 NOT_FOUND = Known(404, "http.not_found", "Not Found", ("there is no such address; GET /openapi.json lists them",))
 MALFORMED = Known(422, "request.malformed", "The request is malformed", ("body.name: ...; send it as described",))
-NOT_TEXT = Known(400, "http.bad_request", "Bad Request", ("the body is no UTF-8 text",))
+NOT_TEXT = Known(400, "http.bad_request", "Bad Request", ("the body is no UTF-8 text",), "Send JSON, encoded as UTF-8.")
 
 
 def problem_response(
@@ -75,6 +99,7 @@ def problem_response(
 
 def install_problems(app: FastAPI) -> None:
     app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(DependencyDown, _down)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _failed)
@@ -86,6 +111,15 @@ async def _refused(request: Request, error: Exception) -> Response:
     refusals: Refusals = request.app.state.context.refusals  # the context's own module imports this one
     refusals.note(error.code, acting.get(), request.url.path)
     return problem_response(error.status, error.code, error.title, error.detail, request.url.path, error.headers)
+
+
+async def _down(request: Request, error: Exception) -> Response:
+    """Nothing that was acknowledged is lost, and every call may be sent again: clients do so by themselves."""
+    assert isinstance(error, DependencyDown)
+    log.warning("dependency.down", extra={"dependency": error.dependency, "reason": str(error)})
+    known, headers = DOWN[error.dependency], {"Retry-After": str(ASK_AGAIN_S)}
+    detail = f"{REMEDIES[error.dependency]}; send the request again in {ASK_AGAIN_S} s"
+    return problem_response(known.status, known.code, known.title, detail, request.url.path, headers)
 
 
 async def _malformed(request: Request, error: Exception) -> Response:

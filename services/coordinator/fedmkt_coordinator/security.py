@@ -27,12 +27,14 @@ class TokenMissing(Refusal):
     status = 401
     code = "token.missing"
     title = "A token is needed"
+    remedy = "Send the header, or set the token that the message asks for."
 
 
 class RoleForbidden(Refusal):
     status = 403
     code = "role.forbidden"
     title = "The role may not do this"
+    remedy = "Use the token of the role that the message names."
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +80,20 @@ class Allow:
         except Refusal:
             context.rates.addresses.spend(address, f"address {address}")
             raise
-        acting.set(principal.actor)
-        note(request, principal)
-        _spend(context, principal)
+        admit(context, request, principal)
         if principal.role not in self.roles:
             raise RoleForbidden(
                 f"{request.method} {request.url.path} is for {_alternatives(self.roles)}, "
                 f"the token is of role {principal.role}"
             )
         return principal
+
+
+def admit(context: Context, request: Request, principal: Principal) -> None:
+    """Whoever asks is known, and has one request less."""
+    acting.set(principal.actor)
+    note(request, principal)
+    _spend(context, principal)
 
 
 def note(request: Request, principal: Principal) -> None:

@@ -39,12 +39,14 @@ class NotExpected(Refusal):
 class KindNotWanted(Refusal):
     code = "upload.kind"
     title = "The federation does not want this kind of upload"
+    remedy = "Send knowledge alone; adapters are averaged only where the federation's configuration says so."
 
 
 class UploadTooLarge(Refusal):
     status = 413
     code = "upload.too_large"
     title = "The upload is too large"
+    remedy = "Lower knowledge.top_k or knowledge.max_tokens; the coordinator's own limit is FEDMKT_MAX_UPLOAD_BYTES."
 
 
 class UploadDiffers(Refusal):
@@ -102,37 +104,35 @@ async def announce(desk: Desk, site: SiteRow, manifest: Manifest) -> UploadState
         known = await tx.live_upload(row.id, site.name, manifest.kind)
         if known is not None:
             _check_same(known, manifest, row)
-            now = await state_of(tx, known)
-        else:
-            now = await _begun(tx, federation, row, site, manifest)
-    return now if known is None else await _with_parts(desk, now)
+        upload = known or await _begun(tx, federation, row, site, manifest)
+        now = await state_of(tx, upload)
+    if known is not None:
+        return await _with_parts(desk, now)
+    desk.store.chunks.remember(upload, site)
+    return now
 
 
 async def _begun(
     tx: Transaction, federation: FederationRow, row: RoundRow, site: SiteRow, manifest: Manifest
-) -> UploadState:
+) -> UploadRow:
     await _check_open(tx, row, site)
     if manifest.kind == "adapter" and not federation.config.average_adapters:
         raise KindNotWanted("average_adapters is off in this federation: adapters stay at their sites")
     upload = await tx.add_upload(federation.id, site.name, manifest)
     await tx.append(federation.id, "upload.announced", round_id=row.id, site=site.name, bytes=manifest.size_bytes)
-    return await state_of(tx, upload)
+    return upload
 
 
 async def put_chunk(
     desk: Desk, site: SiteRow, upload_id: str, number: int, content_range: str | None, request: Request
 ) -> UploadState:
     """Keep one chunk, or some bytes of it; in any order, any number of times."""
-    upload = desk.store.chunks.known(upload_id, site) if content_range is None else None
-    if upload is None:
-        async with desk.store.read() as tx:
-            upload = await own_upload(tx, site, upload_id)
-            _check_number(upload, number)
-            if upload.state == "accepted":
-                return await state_of(tx, upload)
-            await still_open(tx, upload)
-        desk.store.chunks.remember(upload)
-    _check_number(upload, number)
+    async with desk.store.read() as tx:
+        upload = await own_upload(tx, site, upload_id)
+        _check_number(upload, number)
+        if upload.state == "accepted":
+            return await state_of(tx, upload)
+        await still_open(tx, upload)
     span = read_span(content_range, chunk_size(upload.manifest, number))
     if span.start == span.stop:
         return await state(desk, site, upload_id)
@@ -141,6 +141,18 @@ async def put_chunk(
     if chunk is None:
         return await state(desk, site, upload_id)
     return await _keep_chunk(desk, site, upload, number, chunk)
+
+
+async def put_next_chunk(desk: Desk, upload: UploadRow, site: SiteRow, number: int, request: Request) -> UploadState:
+    """Keep a whole chunk of an upload that was open a moment ago, and ask the database once, when the bytes are there.
+
+    An upload that takes no more by then, a round that is over, a site that was revoked: all is refused, nothing kept.
+    """
+    _check_number(upload, number)
+    span = read_span(None, chunk_size(upload.manifest, number))
+    with desk.store.chunks.coming():
+        arrived = await desk.artifacts.arrivals.receive(chunk_key(upload.id, number), span, request)
+        return await _keep_chunk(desk, site, upload, number, arrived)
 
 
 def _check_number(upload: UploadRow, number: int) -> None:
@@ -163,12 +175,14 @@ async def _whole_chunk(desk: Desk, upload: UploadRow, number: int, span: Span, a
 
 async def _keep_chunk(desk: Desk, site: SiteRow, upload: UploadRow, number: int, data: Pieces) -> UploadState:
     """First the bytes, then the row that says they are there."""
-    await desk.artifacts.put_chunk(upload.id, number, data, partial(_check_chunk, upload.manifest, number))
+    check = partial(_check_chunk, upload.manifest, number)
+    await desk.artifacts.put_chunk(upload.id, number, data, check)
     fault_points.reach("upload.chunk.uncommitted")
     there = await desk.store.chunks.add(upload.id, site.id, number)
     if there is None:
         return await _not_taken(desk, site, upload.id)
     fault_points.reach("upload.chunk.committed")
+    desk.store.chunks.remember(upload, site)
     return UploadState(upload_id=upload.id, missing=missing_chunks(upload, there), complete=False)
 
 
@@ -233,8 +247,7 @@ async def clear_leftovers(desk: Desk, limit: int = 100) -> int:
 async def drop_chunks(desk: Desk, upload_id: str) -> None:
     await desk.artifacts.drop_chunks(upload_id)
     await desk.artifacts.arrivals.drop(f"chunks/{upload_id}")
-    async with desk.store.write(unsynced=True) as tx:
-        await tx.forget_chunks(upload_id)
+    await desk.store.chunks.forget(upload_id)
 
 
 # ------------------------------------------------------------------------------------------------ the rules
@@ -311,14 +324,11 @@ def chunk_size(manifest: Manifest, number: int) -> int:
     return min(CHUNK_BYTES, manifest.size_bytes - number * CHUNK_BYTES)
 
 
-def _check_chunk(manifest: Manifest, number: int, data: Pieces) -> None:
-    digest = hashlib.sha256()
-    for piece in data:
-        digest.update(piece)
-    found = digest.hexdigest()
+def _check_chunk(manifest: Manifest, number: int, data: bytes) -> None:
+    found = hashlib.sha256(data).hexdigest()
     if found != manifest.chunks[number]:
         raise ChunkDiffers(
-            f"chunk {number} came as {sum(map(len, data))} bytes with SHA-256 {found}, {manifest.chunks[number]} "
+            f"chunk {number} came as {len(data)} bytes with SHA-256 {found}, {manifest.chunks[number]} "
             f"was announced ({CHUNK_BYTES} bytes, the last one fewer); send it again"
         )
 

@@ -1,7 +1,7 @@
 """Rows put together as the wire shows them."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fedmkt.protocol import (
     AdapterView,
@@ -39,9 +39,33 @@ async def present_federation(store: Store, federation_id: str) -> FederationView
 
 
 async def federation_view(tx: Transaction, federation: FederationRow) -> FederationView:
-    sites = await tx.sites(federation.id)
-    active = await tx.active_round(federation.id)
-    begun = await tx.rounds_begun(federation.id)
+    return (await federation_views(tx, [federation]))[0]
+
+
+async def federation_views(tx: Transaction, rows: Sequence[FederationRow]) -> list[FederationView]:
+    """Many federations with as many queries as for one, but for those whose next round waits, and those applying."""
+    ids = [row.id for row in rows]
+    sites: dict[str, list[SiteRow]] = defaultdict(list)
+    for site in await tx.sites_of(ids):
+        sites[site.federation_id].append(site)
+    active = {each.federation_id: each for each in await tx.active_rounds(ids)}
+    begun = await tx.rounds_begun_of(ids)
+    running = await round_views(tx, {row.id: row for row in rows}, list(active.values()))
+    current = {each.federation_id: each for each in running}
+    return [
+        await _federation_view(tx, row, sites[row.id], active.get(row.id), current.get(row.id), begun.get(row.id, 0))
+        for row in rows
+    ]
+
+
+async def _federation_view(
+    tx: Transaction,
+    federation: FederationRow,
+    sites: Sequence[SiteRow],
+    active: RoundRow | None,
+    current: RoundView | None,
+    begun: int,
+) -> FederationView:
     due = active is None and federation.paused_at is None and federation.rounds_requested > begun
     return FederationView(
         federation_id=federation.id,
@@ -54,7 +78,7 @@ async def federation_view(tx: Transaction, federation: FederationRow) -> Federat
         sites=tuple(_site_views(federation.config.sites, sites)),
         rounds_requested=federation.rounds_requested,
         rounds_finished=begun - (active is not None),
-        current_round=(await round_views(tx, federation, [active]))[0] if active else None,
+        current_round=current,
         waits_for=(await readiness(tx, federation)).waits_for if due else _paused(federation, active),
         schedule=_schedule(federation),
         paused_at=federation.paused_at,
@@ -106,15 +130,21 @@ async def site_self(tx: Transaction, site: SiteRow) -> SiteSelf:
     )
 
 
-async def round_views(tx: Transaction, federation: FederationRow, rows: Sequence[RoundRow]) -> list[RoundView]:
-    """Many rounds of one federation, with as many queries as for one."""
+async def round_views(
+    tx: Transaction, federations: Mapping[str, FederationRow], rows: Sequence[RoundRow]
+) -> list[RoundView]:
+    """Many rounds with as many queries as for one, but for those applying; `federations` by id, theirs among them."""
     ids = [row.id for row in rows]
     parts: dict[str, list[RoundSiteRow]] = defaultdict(list)
     for part in await tx.parts(ids):
         parts[part.round_id].append(part)
     uploading = await tx.uploading_sites(ids)
     jobs = {job.id: job for job in await tx.jobs([row.job_id for row in rows if row.job_id])}
-    appliers = {row.id: await awaited_appliers(tx, federation, row) for row in rows if row.state == "applying"}
+    appliers = {
+        row.id: await awaited_appliers(tx, federations[row.federation_id], row)
+        for row in rows
+        if row.state == "applying"
+    }
     return [
         _round_view(
             row,

@@ -5,6 +5,7 @@ import logging
 from typing import Literal
 
 from fedmkt import fault_points
+from fedmkt_coordinator.dependencies import DependencyDown
 from fedmkt_coordinator.queue import JobQueue, Unavailable
 from fedmkt_coordinator.store import Outbox, Store
 
@@ -109,13 +110,19 @@ class Announcer:
             new_jobs, self._new_jobs = self._new_jobs, False
             try:
                 if new_jobs:
-                    await self.publish_jobs()
+                    await self._publish_new()
                 for federation_id, hears in to_tell.items():
                     await self._queue.wake(federation_id, hears)
                 fault_points.reach("federations.woken")
             except Unavailable as error:
                 # The keeper publishes again; waiting requests look by themselves.
                 log.warning("redis.unavailable", extra={"reason": str(error)})
+
+    async def _publish_new(self) -> None:
+        try:
+            await self.publish_jobs()
+        except DependencyDown as error:  # the keeper publishes when the database is back; others are woken all the same
+            log.warning("jobs.not_published", extra={"reason": str(error)})
 
     async def listen(self) -> None:
         """Ring the bells of this process for what other replicas commit."""

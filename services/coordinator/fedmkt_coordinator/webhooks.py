@@ -20,6 +20,7 @@ import httpx
 
 from fedmkt.errors import Refusal
 from fedmkt.protocol import Event, WebhookCreated, WebhookMessage, WebhookRequest, WebhookTrial
+from fedmkt_coordinator.dependencies import DependencyDown
 from fedmkt_coordinator.ids import new_id
 from fedmkt_coordinator.outbound import AddressRefused, Outbound
 from fedmkt_coordinator.store import Store, Transaction
@@ -188,7 +189,10 @@ class Deliverer:
     async def run(self) -> None:
         try:
             while not self._stopping.is_set():
-                await self.look()
+                try:
+                    await self.look()
+                except DependencyDown as error:
+                    log.warning("webhooks.postponed", extra={"reason": str(error)})
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._interval_s):
                         await self._stopping.wait()
@@ -216,6 +220,8 @@ class Deliverer:
     async def _serve(self, row: WebhookRow) -> None:
         try:
             await self._deliver(row)
+        except DependencyDown as error:  # as below: what was sent and could not be written down is sent again
+            log.warning("webhooks.postponed", extra={"webhook_id": row.id, "reason": str(error)})
         except Exception:  # the top of a loop: the claim ends by itself, and the next look tries again
             log.exception("webhook.failed", extra={"webhook_id": row.id, "federation_id": row.federation_id})
         finally:

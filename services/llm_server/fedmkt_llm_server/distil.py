@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
-from fedmkt.errors import Refusal
 from fedmkt.knowledge import Knowledge, encode
 from fedmkt.knowledge_cut import shared_knowledge
 from fedmkt.lesson import Lesson, Teacher, TeacherSource, prepare_lesson
-from fedmkt.ml.adapters import average_adapters, with_card
+from fedmkt.ml.adapters import with_card
+from fedmkt.ml.averaging import Contribution, average_adapters
 from fedmkt.ml.checkpoints import Checkpoints
 from fedmkt.ml.model_card import adapter_card
 from fedmkt.ml.party import Party
@@ -22,12 +22,14 @@ from fedmkt.ml.phases import (
     public_evaluations,
     undone_on_error,
 )
+from fedmkt.ml.team import TeamMisused
 from fedmkt.protocol import DistillJob, DistillResult, SelectionReport, UploadedKnowledge
 from fedmkt.public_set import PublicSet
 from fedmkt.round_plan import RoundPlan
 from fedmkt.stopping import StopFlag
 from fedmkt.teachers import needed_map, read_teacher, read_vocabulary
 from fedmkt.vocabulary import Vocabulary
+from fedmkt.vocabulary_process import VocabularyProcess
 from fedmkt_llm_server.llm import Llm
 from fedmkt_llm_server.state import LlmState
 
@@ -49,6 +51,7 @@ class Desk:
     publish: Callable[[bytes], str]
     checkpoint_s: float = 300.0
     stop: StopFlag = field(default_factory=StopFlag)
+    vocabularies: VocabularyProcess = field(default_factory=VocabularyProcess)
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,11 @@ def distil(job: DistillJob, desk: Desk, report: Report) -> DistillResult:
     with clock.measure("fetch"):
         plan = _plan(job, desk, report)
         party = desk.llm.party(job.config, job.adapter, lambda: _read(desk, job.adapter))
+        _check_team(job, party)
         sources = _sources(job, plan, desk, report) if job.config.llm_training else []
     with clock.measure("own_knowledge"):
         own = desk.state.own_knowledge(job.round_id, party.card.model_id, lambda: _own(party, plan, report))
-    with undone_on_error(party):  # what is not published did not happen
+    with desk.vocabularies, undone_on_error(party):  # what is not published did not happen
         if job.config.llm_training:
             outcome = _learn(job, plan, party, own, sources, desk, clock, report)
         else:
@@ -81,6 +85,14 @@ def distil(job: DistillJob, desk: Desk, report: Report) -> DistillResult:
     result = result.model_copy(update={"phase_seconds": clock.rounded})
     desk.state.end_job(job, desk.llm.card.model_id, result, _only_here(job))
     return result
+
+
+def _check_team(job: DistillJob, party: Party) -> None:
+    if party.team.sharded and job.config.evaluation.rouge_samples:
+        raise TeamMisused(
+            f"evaluation.rouge_samples is {job.config.evaluation.rouge_samples}, and a sharded model gives no free "
+            "answers; set it to 0, or leave shard out of the LLM server's settings"
+        )
 
 
 def _only_here(job: DistillJob) -> list[str]:
@@ -113,7 +125,7 @@ def _sources(job: DistillJob, plan: RoundPlan, desk: Desk, report: Report) -> li
 
     @lru_cache(maxsize=KEPT_VOCABULARIES)
     def vocabulary(artifact: str, fingerprint: str) -> Vocabulary:
-        return read_vocabulary(desk.fetch(artifact).read_bytes(), fingerprint)
+        return read_vocabulary(desk.fetch(artifact).read_bytes(), fingerprint, desk.vocabularies.read)
 
     def load(upload: UploadedKnowledge, knowledge: Path, vocab_map: Path) -> Teacher:
         return read_teacher(
@@ -223,24 +235,14 @@ def _publish(
 
 
 def _averaged(job: DistillJob, desk: Desk, report: Report) -> tuple[str | None, dict[str, str]]:
-    """FedAvg of the sites' adapters, weighted by private samples, where the federation wants it; who was left out."""
+    """The sites' adapters as one, by the federation's rule, where it wants that; and who was left out, and why."""
     given = [upload for upload in job.uploads if upload.adapter is not None and upload.private_samples > 0]
     if not job.config.average_adapters or not given:
         return None, {}
     report("averaging the sites' adapters", 0, len(given))
-    left_out: dict[str, str] = {}
-    parts: list[tuple[bytes, float]] = []
-    for upload in given:
-        blob = _read(desk, upload.adapter)
-        try:
-            average_adapters(
-                [*parts[:1], (blob, 1.0)]
-            )  # one that does not read, or does not fit the first, is left out
-        except Refusal as error:
-            left_out[upload.site] = f"its adapter: {error.detail}"[:MAX_REASON]
-            log.warning(
-                "adapter.refused", extra={"round_id": job.round_id, "site": upload.site, "reason": error.detail}
-            )
-            continue
-        parts.append((blob, float(upload.private_samples)))
-    return (desk.publish(average_adapters(parts)) if parts else None), left_out
+    parts = [Contribution(upload.site, _read(desk, upload.adapter), upload.private_samples) for upload in given]
+    average = average_adapters(parts, job.config.average_rule)
+    for site, reason in average.left_out.items():
+        log.warning("adapter.refused", extra={"round_id": job.round_id, "site": site, "reason": reason})
+    left_out = {site: reason[:MAX_REASON] for site, reason in average.left_out.items()}
+    return (None if average.blob is None else desk.publish(average.blob)), left_out

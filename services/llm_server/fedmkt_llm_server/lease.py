@@ -6,6 +6,7 @@ The job's own thread calls `report` between steps; that is where it learns that 
 import contextvars
 import logging
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
@@ -33,6 +34,7 @@ class Lease:
         self._client = client
         self._stop = stop
         self._progress = LlmProgress()
+        self._step_began, self._done_before = time.monotonic(), 0
         self._abandoned: str | None = None
         self._handing_in = False
         self._beat_now = threading.Event()
@@ -61,10 +63,18 @@ class Lease:
         if self._abandoned is not None:
             raise JobAbandoned(self._abandoned)
         new_step = step != self._progress.step
-        self._progress = LlmProgress(step=step, done=done, total=total)
+        if new_step:
+            self._step_began, self._done_before = time.monotonic(), done
+        self._progress = LlmProgress(step=step, done=done, total=total, seconds_left=self._seconds_left(done, total))
         if new_step:
             self._beat_now.set()
         fault_points.reach(f"worker.{step}")
+
+    def _seconds_left(self, done: int, total: int) -> float | None:
+        if done <= self._done_before or total < done:
+            return None
+        each_s = (time.monotonic() - self._step_began) / (done - self._done_before)
+        return round(each_s * (total - done), 1)
 
     def handing_in(self) -> None:
         """The result is on its way: that the job is no longer running is now the good answer to a heartbeat."""

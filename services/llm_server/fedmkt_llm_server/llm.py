@@ -9,7 +9,7 @@ import torch
 from fedmkt.ml.models import LoadedModel
 from fedmkt.ml.party import Party
 from fedmkt.ml.party_folder import PartyFolderRefused
-from fedmkt.protocol import FederationConfig
+from fedmkt.protocol import FederationConfig, LoraConfig
 from fedmkt_llm_server.state import LlmState
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,12 @@ class Llm:
         party = self._with(config, adapter, read)
         self._party, self._adapter = party, adapter
         return party
+
+    def shaped(self, lora: LoraConfig | None, seed: int) -> Party:
+        """The LLM with layers of this shape, whatever is in them: a follower is given the leader's weights."""
+        if self._party is None or (self._party.lora, self._party.seed) != (lora, seed):
+            self._party = Party(self._take_base(), lora, seed=seed, gradient_checkpointing=self._checkpointing)
+        return self._party
 
     def committed(self, adapter: str) -> None:
         """The party now holds this adapter; it is kept with its optimizer for the next round."""

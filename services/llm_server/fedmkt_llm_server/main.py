@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from fedmkt.client import CoordinatorClient, CoordinatorUnreachable, RetryPolicy, StaticToken
+from fedmkt.logs import binding
+from fedmkt.ml.following import follow
 from fedmkt.ml.models import LoadedModel, load_base
 from fedmkt.ml.process import prepare_process
+from fedmkt.ml.team import Team
 from fedmkt.protocol import DistillJob, DistillResult, JobView, MapJob, MapResult, QueueView
 from fedmkt.service import locked, run_service, status_pages
 from fedmkt.stopping import StopFlag
@@ -42,7 +45,33 @@ def run(settings: Settings) -> int:
 
 
 def serve(settings: Settings, stop: StopFlag) -> None:
-    """The LLM server until `stop` is set. Raises Refusal when waiting would not help."""
+    """The LLM server until `stop` is set. Raises Refusal when waiting would not help.
+
+    Of several processes under `accelerate launch`, the first is the server that others see. The rest lend it their
+    processors: they talk to nobody else, and end when it does.
+    """
+    prepare_process(settings.torch_threads)
+    team = Team.form(settings.device, sharded=settings.shard)
+    try:
+        if team.leads:
+            _serve(settings, team, stop)
+        else:
+            with binding(rank=team.rank):
+                _follow(settings, team)
+    finally:
+        team.end()
+
+
+def _follow(settings: Settings, team: Team) -> None:
+    llm = Llm(
+        lambda: _load(settings, team),
+        LlmState(settings.state_dir),
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+    follow(team, llm.shaped)
+
+
+def _serve(settings: Settings, team: Team, stop: StopFlag) -> None:
     pages = _Pages()
     with ExitStack() as stack:
         stack.enter_context(locked(settings.state_dir))
@@ -52,9 +81,8 @@ def serve(settings: Settings, stop: StopFlag) -> None:
         )
         client, heartbeats = _clients(stack, settings, stop)
         pages.metrics.traffic = lambda: client.traffic
-        prepare_process(settings.torch_threads)
         state = LlmState(settings.state_dir)
-        llm = Llm(lambda: _load(settings), state, gradient_checkpointing=settings.gradient_checkpointing)
+        llm = Llm(lambda: _load(settings, team), state, gradient_checkpointing=settings.gradient_checkpointing)
         log.info("model.loaded", extra={"model": llm.card.model_id, "device": llm.card.device})
         _handshake(client, stop)
         status = pages.status = Status(llm.card)
@@ -114,8 +142,15 @@ def _clients(stack: ExitStack, settings: Settings, stop: StopFlag) -> tuple[Coor
     return stack.enter_context(work), stack.enter_context(quick)
 
 
-def _load(settings: Settings) -> LoadedModel:
-    return load_base(settings.model, revision=settings.model_revision, device=settings.device, dtype=settings.dtype)
+def _load(settings: Settings, team: Team) -> LoadedModel:
+    return load_base(
+        settings.model,
+        revision=settings.model_revision,
+        device=settings.device,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+        team=team,
+    )
 
 
 def _handshake(client: CoordinatorClient, stop: StopFlag) -> None:

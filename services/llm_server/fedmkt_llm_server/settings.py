@@ -20,6 +20,10 @@ class Settings(BaseSettings):
     model_revision: str | None = Field(default=None, description="pinned commit, for a hub id")
     device: str = "auto"
     dtype: str = "auto"
+    quantize: Literal["4bit", "8bit"] | None = Field(
+        default=None, description="4bit or 8bit base under the LoRA layers (bitsandbytes)"
+    )
+    shard: bool = Field(default=False, description="spread the base over the processes of `accelerate launch` (FSDP)")
     gradient_checkpointing: bool = Field(default=False, description="less memory, a third more time")
     torch_threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 leaves torch's own choice")
 

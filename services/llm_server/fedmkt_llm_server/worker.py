@@ -16,6 +16,7 @@ from fedmkt import fault_points
 from fedmkt.client import CoordinatorClient, CoordinatorProblem
 from fedmkt.errors import Refusal
 from fedmkt.logs import binding
+from fedmkt.ml.team import TeamBroken
 from fedmkt.protocol import DistillResult, JobCompletion, JobFailure, JobView, MapResult, QueueView
 from fedmkt.session import RETRIED, CoordinatorUnreachable
 from fedmkt.stopping import StopFlag, Stopped
@@ -58,7 +59,7 @@ class Worker:
         self._on_job = on_job
 
     def run(self) -> None:
-        """Until the stop flag is set. Redis and the coordinator may go and come as they like."""
+        """Until the stop flag is set. Redis and the coordinator may go and come as they like. Raises TeamBroken."""
         pause_s = FIRST_PAUSE_S
         while True:
             began = time.monotonic()
@@ -66,6 +67,8 @@ class Worker:
                 self._serve()
             except Stopped:
                 return
+            except TeamBroken:  # for good: whoever started the processes starts them again
+                raise
             except (redis.RedisError, Refusal) as error:
                 log.warning("queue.lost", extra={"reason": str(error), "pause_s": pause_s})
             except Exception:
@@ -136,6 +139,9 @@ class Worker:
             log.info("job.abandoned", extra={**fields, "reason": str(event)})
         except Stopped:
             self._fail(job, "the LLM server is shutting down", retry=True)
+            raise
+        except TeamBroken as error:
+            self._fail(job, f"{error.code}: {error.detail}", retry=True)
             raise
         except CoordinatorUnreachable as error:
             log.warning("job.result_lost", extra={**fields, "reason": error.detail})

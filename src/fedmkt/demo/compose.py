@@ -29,6 +29,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 class OtherSites(Refusal):
     code = "demo.other_sites"
     title = "The installed packages hold text for other sites"
+    remedy = "`docker compose down --volumes`, then build the images anew."
 
 
 @app.command()

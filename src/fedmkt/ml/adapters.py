@@ -1,4 +1,4 @@
-"""Adapters as bytes: a deterministic tar of a PEFT folder, read without trust, and their average. No torch.
+"""Adapters as bytes: a deterministic tar of a PEFT folder, read without trust. No torch.
 
 The tar holds adapter_config.json, adapter_model.safetensors and, where there is one, the model card README.md, in this
 order, as plain USTAR members with nothing of this machine in their headers. Whatever else a tar can hold (links,
@@ -6,9 +6,8 @@ devices, sparse files, long names) is refused. Weights of full training are one 
 """
 
 import json
-import math
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,12 +37,18 @@ Tensors = dict[str, NDArray[np.float32]]
 class MalformedAdapter(Refusal):
     code: ClassVar[str] = "adapter.malformed"
     title: ClassVar[str] = "The adapter cannot be read"
+    remedy: ClassVar[str] = (
+        "Fetch the adapter again; one of your own making has to be a PEFT folder with float32 safetensors."
+    )
 
 
 class AdapterTooLarge(MalformedAdapter):
     status: ClassVar[int] = 413
     code: ClassVar[str] = "adapter.too_large"
     title: ClassVar[str] = "The adapter is too large"
+    remedy: ClassVar[str] = (
+        "Use a smaller LoRA rank or fewer target modules; a download that grew is broken, so fetch it again."
+    )
 
 
 class AdapterNotFinite(MalformedAdapter):
@@ -54,6 +59,9 @@ class AdapterNotFinite(MalformedAdapter):
 class AdaptersDiffer(Refusal):
     code: ClassVar[str] = "adapter.mismatch"
     title: ClassVar[str] = "The adapter does not fit"
+    remedy: ClassVar[str] = (
+        "Averaging and loading want one LoRA setting (rank, targets) and one base model at all sites."
+    )
 
 
 @dataclass(frozen=True)
@@ -156,27 +164,6 @@ def check_shapes(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Non
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise AdaptersDiffer(f"tensor {name!r} has shape {tensors[name].shape}, expected {shape}")
-
-
-def average_adapters(parts: Sequence[tuple[bytes, float]]) -> bytes:
-    """FedAvg (McMahan et al. 2017) of LoRA adapters: the mean of every tensor, weighted, accumulated in float64.
-
-    parts: (adapter tar, weight > 0), e.g. the site's number of private samples. A and B are averaged apart, as the
-    paper's homogeneous scenario does, which is not the mean of the products B A. The first part gives the
-    configuration. Raises MalformedAdapter, AdaptersDiffer, ValueError for no part or a weight that is not positive.
-    """
-    if not parts or not all(math.isfinite(weight) and weight > 0 for _, weight in parts):
-        raise ValueError(f"an average needs at least one part and positive weights, got {[w for _, w in parts]}")
-    total = math.fsum(weight for _, weight in parts)
-    first = unpack_adapter(parts[0][0])
-    shapes = {name: tensor.shape for name, tensor in first.tensors.items()}
-    sums = {name: np.zeros(shape, dtype=np.float64) for name, shape in shapes.items()}
-    for blob, weight in parts:
-        adapter = unpack_adapter(blob)
-        check_fits(adapter, first.config, shapes)
-        for name, tensor in adapter.tensors.items():
-            sums[name] += tensor.astype(np.float64) * (weight / total)
-    return pack_adapter(Adapter(first.config, {name: value.astype(np.float32) for name, value in sums.items()}))
 
 
 def _plain(value: object) -> object:

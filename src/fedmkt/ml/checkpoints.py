@@ -46,6 +46,7 @@ class Checkpoints:
         if about["key"] != self._key or about["steps"] - about["steps_done"] != party.steps:
             return 0
         party.restore(Snapshot(_named(tensors, WEIGHT), _named(tensors, MOMENT), about["steps"]))
+        party.pass_tokens = about.get("pass_tokens")  # sums in other portions would round differently
         log.info("checkpoint.resumed", extra={"steps_done": about["steps_done"]})
         return int(about["steps_done"])
 
@@ -54,13 +55,13 @@ class Checkpoints:
         stopping = self._stop is not None and self._stop.is_set
         due = stopping or time.monotonic() - self._saved_at >= self._interval_s
         if due and steps_done < total:
-            self._save(party.snapshot(), steps_done)
+            self._save(party.snapshot(), steps_done, party.pass_tokens)
             self._saved_at = time.monotonic()
 
-    def _save(self, snapshot: Snapshot, steps_done: int) -> None:
+    def _save(self, snapshot: Snapshot, steps_done: int, pass_tokens: int | None) -> None:
         tensors = {f"{WEIGHT}{name}": tensor for name, tensor in snapshot.weights.items()}
         tensors |= {f"{MOMENT}{name}": tensor for name, tensor in snapshot.moments.items()}
-        about = {"key": self._key, "steps": snapshot.steps, "steps_done": steps_done}
+        about = {"key": self._key, "steps": snapshot.steps, "steps_done": steps_done, "pass_tokens": pass_tokens}
         draft = self._path.with_name(f".{self._path.name}.new")
         self._path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, draft, metadata={"about": json.dumps(about)})

@@ -4,6 +4,7 @@ S samples, R rows, N kept entries, V vocabulary, K = min(top_k, V).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,8 @@ from fedmkt.public_set import PublicSet
 # narrow where the model is sure, which is what keeps lessons cheap.
 WIDE_TOP_K, WIDE_TOP_P = 128, 0.999
 
-MOST_IN_COLUMN, COLUMNS_EACH = 16, 4  # of a row that is searched: entries in a column, columns for each entry kept
+COLUMNS_EACH = 4  # of a row that is searched, for each entry that may be kept
+WORD = 8  # bytes, and so entries of a mask
 
 
 class Kept(NamedTuple):
@@ -85,10 +87,7 @@ def _rows(
     party: Party, tokens: list[TokenSample], top_k: int, top_p: float, batch_tokens: int, progress: Progress | None
 ) -> list[Kept]:
     """What is kept of each sample."""
-
-    def look(logits: Tensor, gold: Tensor) -> Kept:
-        return cut_rows(logits, gold, top_k, top_p)
-
+    look = partial(cut_rows, top_k=top_k, top_p=top_p)
     found: dict[int, Kept] = {}
     for indices, columns in run_batches(party, tokens, look, batch_tokens, progress):
         kept = Kept(*columns)
@@ -144,12 +143,15 @@ def cut_rows(logits: Tensor, gold: Tensor, top_k: int, top_p: float) -> Kept:
     top_k = min(top_k, size)
     logprobs = logits.log_softmax(dim=-1)  # (n, V)
     gold_logprobs = logprobs.gather(1, gold[:, None])[:, 0].cpu().numpy()
-    places = _places(logprobs >= _lower_bounds(logprobs, top_k))  # (N,) of candidates, ascending
+    places = _reaching(logprobs, _lower_bounds(logprobs, top_k))  # (N,) of candidates
     values = logprobs.take(places).cpu().numpy()
-    owners, ids = np.divmod(places.cpu().numpy(), size)
-    kept = nucleus(values, np.bincount(owners, minlength=rows), top_k, top_p)
-    counts = np.bincount(owners[kept], minlength=rows)
-    return Kept(counts, gold_logprobs, ids[kept].astype(np.int32), values[kept])
+    found = places.cpu().numpy()
+    starts = np.arange(rows + 1) * size  # of each row among the places
+    kept = np.flatnonzero(nucleus(values, np.diff(np.searchsorted(found, starts)), top_k, top_p))
+    found = found[kept]
+    counts = np.diff(np.searchsorted(found, starts))
+    ids = found - np.repeat(starts[:-1], counts)
+    return Kept(counts, gold_logprobs, ids.astype(np.int32), values[kept])
 
 
 def _lower_bounds(logprobs: Tensor, top_k: int) -> Tensor:
@@ -159,7 +161,7 @@ def _lower_bounds(logprobs: Tensor, top_k: int) -> Tensor:
     maxima is at most the k-th largest of all. Much cheaper than that one, which would need a search in the whole row.
     """
     rows, size = logprobs.shape
-    height = min(MOST_IN_COLUMN, max(1, size // (COLUMNS_EACH * top_k)))
+    height = -(-size // (COLUMNS_EACH * top_k))
     columns = size // height  # at least top_k; the last few entries of the row lie in none
     maxima = logprobs[:, : columns * height].view(rows, height, columns).amax(dim=1)
     if maxima.device.type != "cpu":
@@ -168,8 +170,18 @@ def _lower_bounds(logprobs: Tensor, top_k: int) -> Tensor:
     return torch.from_numpy(np.partition(maxima.numpy(), place, axis=1)[:, place : place + 1])
 
 
-def _places(mask: Tensor) -> Tensor:
-    """Flat indices int64 of what is true, ascending."""
-    if mask.device.type != "cpu":
-        return mask.flatten().nonzero()[:, 0]
-    return torch.from_numpy(np.flatnonzero(mask.numpy()))  # twice as fast as torch
+def _reaching(logprobs: Tensor, bounds: Tensor) -> Tensor:
+    """Flat indices int64 of the entries that reach their row's bound (n, 1), ascending."""
+    if logprobs.device.type != "cpu":
+        return (logprobs >= bounds).flatten().nonzero()[:, 0]
+    return torch.from_numpy(_set_places(logprobs.numpy() >= bounds.numpy()))  # numpy's comparison is vectorised
+
+
+def _set_places(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Flat indices of what is true, ascending. Nearly all is false: eight entries are looked at at once."""
+    flat = mask.reshape(-1)
+    if flat.size % WORD:
+        return np.flatnonzero(flat)
+    words = np.flatnonzero(flat.view(np.uint64) != 0)
+    inside = np.flatnonzero(flat.reshape(-1, WORD)[words])
+    return (words * WORD)[inside // WORD] + inside % WORD

@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fedmkt.ml.batches import Batch
-from fedmkt.ml.losses import CHUNK_LOGITS, DEVICE_BLOCK, cached_rows, multiplied, row_blocks
+from fedmkt.ml.losses import DEVICE_BLOCK, multiplied, row_blocks
 from fedmkt.ml.models import output_head
 
-FEWEST_ROWS = 128  # in one product with the head on a CPU, where the logits allow it: fewer, and reading it costs more
+FEWEST_ROWS = 256  # in one product with the head on a CPU, where the logits allow it: fewer, and reading it costs more
+MOST_LOGITS = 1 << 25  # in one product on a CPU: 128 MiB
+BLOCK_LOGITS = 1 << 19  # looked at together on a CPU: 2 MiB, in cache, and few calls
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def logit_blocks(
     more around its head is asked for all rows at once, in its own dtype. Inside `no_grad` or inference mode only.
     """
     rows, device = len(batch.places), batch.places.device
-    block_rows = min(most_rows or rows, cached_rows(vocabulary_size, device))
+    block_rows = min(most_rows or rows, _block_rows(vocabulary_size, device))
     if plain is None:
         logits = row_logits(model, head, batch)[:, :vocabulary_size]
         for block in row_blocks(rows, block_rows):
@@ -132,10 +134,15 @@ def logit_blocks(
             yield slice(chunk.start + block.start, chunk.start + block.stop), logits[block]
 
 
+def _block_rows(vocabulary_size: int, device: torch.device) -> int:
+    """Rows that are looked at together."""
+    return max(1, (BLOCK_LOGITS if device.type == "cpu" else DEVICE_BLOCK) // vocabulary_size)
+
+
 def _chunk_rows(vocabulary_size: int, device: torch.device) -> int:
     """Rows that are multiplied with the head at once: enough of them, within a bound on memory."""
-    most = CHUNK_LOGITS if device.type == "cpu" else DEVICE_BLOCK
-    wanted = max(FEWEST_ROWS, cached_rows(vocabulary_size, device))
+    most = MOST_LOGITS if device.type == "cpu" else DEVICE_BLOCK
+    wanted = max(FEWEST_ROWS, _block_rows(vocabulary_size, device))
     return max(1, min(wanted, most // vocabulary_size))
 
 

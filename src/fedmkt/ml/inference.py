@@ -1,8 +1,10 @@
 """The model as it is, over many samples: logits of response rows, batch by batch. R response rows of a batch."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -10,49 +12,112 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmkt.ml.batches import Batch, TokenSample, by_length, collate
+from fedmkt.ml.following import lead
 from fedmkt.ml.head import logit_blocks
 from fedmkt.ml.party import Party
 
+log = logging.getLogger(__name__)
+
 BATCH_TOKENS = 8192  # padded tokens in one forward pass
+CPU_BATCH_TOKENS = 2048  # at most on a CPU: what passes between layers stays in cache, a fifth faster
 Progress = Callable[[int, int], None]  # samples done, samples in all
 Columns = tuple[NDArray[Any], ...]
+Look = Callable[[Tensor, Tensor], Columns]
 
 
 @contextmanager
-def _evaluating(party: Party) -> Iterator[None]:
+def evaluating(party: Party) -> Iterator[None]:
     """No dropout, no graph; the model's mode is put back after."""
     was_training = party.model.training
-    party.model.train(False)
+    if was_training:  # setting the mode walks over all modules, which small batches feel
+        party.model.train(False)
     try:
-        with torch.inference_mode():
+        # what a sharded model fetches meanwhile may be used again in a backward pass
+        with torch.no_grad() if party.team.sharded else torch.inference_mode():
             yield
     finally:
-        party.model.train(was_training)
+        if was_training:
+            party.model.train(True)
 
 
 def run_batches(
     party: Party,
     samples: Sequence[TokenSample],
-    look: Callable[[Tensor, Tensor], Columns],
+    look: Look,
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> Iterator[tuple[list[int], Columns]]:
     """Calls `look(logits float32 (n, V), gold int64 (n,))` on blocks of response rows, samples longest first.
 
     Yields, a batch at a time, which samples it holds (indices, in the order of its rows) and `look`'s columns, block
-    after block. V is `vocabulary.size`. `look` keeps nothing of the logits, whose memory the next block takes.
+    after block. V is `vocabulary.size`. `look` keeps nothing of the logits, whose memory the next block takes; where
+    several processes share the batches, it travels to the others.
     """
+    if party.device.type == "cpu":
+        batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
+    if party.team.size > 1:
+        yield from lead(party, _SharedBatches(tuple(samples), look, batch_tokens), progress)
+        return
     _ = party.plain_head  # found out before any graph-free mode begins, because it is remembered
     done = 0
     for indices in by_length(samples, batch_tokens):
-        with _evaluating(party):
-            batch = collate([samples[index] for index in indices], party.device)
-            blocks = [look(logits, batch.gold[rows]) for rows, logits in _blocks(party, batch)]
-        if blocks:
-            yield indices, tuple(np.concatenate(column) for column in zip(*blocks, strict=True))
+        columns = _looked_at(party, [samples[index] for index in indices], look)
+        if columns:
+            yield indices, columns
         done += len(indices)
         if progress is not None:
             progress(done, len(samples))
+
+
+def _looked_at(party: Party, samples: Sequence[TokenSample], look: Look) -> Columns:
+    """`look`'s columns of one batch, or of its halves where it takes too much memory; none without a response row."""
+    try:
+        with evaluating(party):
+            batch = collate(samples, party.device)
+            blocks = [look(logits, batch.gold[rows]) for rows, logits in _blocks(party, batch)]
+    except torch.OutOfMemoryError:
+        if len(samples) == 1 or party.team.sharded:
+            raise
+        blocks = None
+    if blocks is None:  # outside of the handler, which holds on to what did not fit
+        log.warning("inference.out_of_memory", extra={"samples": len(samples)})
+        middle = len(samples) // 2
+        halves = (_looked_at(party, half, look) for half in (samples[:middle], samples[middle:]))
+        blocks = [half for half in halves if half]
+    return tuple(np.concatenate(column) for column in zip(*blocks, strict=True))
+
+
+@dataclass(frozen=True)
+class _SharedBatches:
+    """`run_batches` on every process of a team, a batch each at a time; the leader gets what all of them found."""
+
+    samples: tuple[TokenSample, ...]
+    look: Look
+    batch_tokens: int
+    trains: ClassVar[bool] = False
+
+    def run(self, party: Party, told: Progress | None) -> list[tuple[list[int], Columns]]:
+        _ = party.plain_head
+        team, done = party.team, 0
+        cut = by_length(self.samples, self.batch_tokens)
+        found: list[tuple[list[int], Columns]] = []
+        for first in range(0, len(cut), team.size):
+            with team.together():
+                mine = self._mine(party, cut, first + team.rank)
+            now = cut[first : first + team.size]
+            found += [(indices, columns) for indices, columns in zip(now, team.gathered(mine), strict=False) if columns]
+            done += sum(len(indices) for indices in now)
+            with team.together():
+                if told is not None:
+                    told(done, len(self.samples))
+        return found
+
+    def _mine(self, party: Party, cut: list[list[int]], place: int) -> Columns:
+        if place < len(cut):
+            return _looked_at(party, [self.samples[index] for index in cut[place]], self.look)
+        if party.team.sharded:  # all have to pass something through the model
+            _looked_at(party, [self.samples[index] for index in cut[-1]], self.look)
+        return ()
 
 
 def _blocks(party: Party, batch: Batch) -> Iterator[tuple[slice, Tensor]]:

@@ -21,6 +21,7 @@ from fedmkt import __version__
 from fedmkt.ml.models import LoadedModel
 from fedmkt.ml.party import Party
 from fedmkt.ml.phases import Distilled
+from fedmkt.ml.quantization import quantized
 from fedmkt.protocol import DistillJob, Evaluation, FederationConfig
 
 FACTS_KEY = "fedmkt"
@@ -54,6 +55,7 @@ class CardFacts(BaseModel):
     base_vocabulary: str  # fingerprint
     federation: str
     round: int
+    quantized: str | None = None  # 4bit or 8bit: how the base's linear layers were held while the adapter was trained
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def adapter_card(job: DistillJob, party: Party, distilled: Distilled, refused: M
         base_vocabulary=party.vocabulary.fingerprint,
         federation=job.federation_id,
         round=job.round_number,
+        quantized=quantized(party.model),
     )
     name = f"{job.config.name}, round {job.round_number}"
     kind = "LoRA adapter" if job.config.lora else "set of retrained weights"

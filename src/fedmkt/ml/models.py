@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fedmkt.errors import Refusal
+from fedmkt.ml.quantization import Bits, NoQuantization, keep_trainable, quantization_config, quantized
+from fedmkt.ml.team import ALONE, Team
 from fedmkt.protocol import ModelCard
 from fedmkt.vocabulary import Vocabulary
 
@@ -58,10 +60,11 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     card: ModelCard
+    team: Team = ALONE
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.team.device or next(self.model.parameters()).device
 
 
 def configure_torch(threads: int) -> None:
@@ -88,27 +91,49 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load_base(
-    source: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: Bits | None = None,
+    team: Team = ALONE,
 ) -> LoadedModel:
     """Load a causal language model, its fast tokenizer and its vocabulary.
 
     `source` is a local folder, or a hub id with `revision` a full commit hash, since tags and branches can move. Ids
     beyond the tokenizer (padded heads) never leave: everywhere in `fedmkt.ml` logits are cut to `vocabulary.size` and
-    normalised over those ids. Raises ModelRefused or one of its kinds.
+    normalised over those ids. `quantize` holds the linear layers in so many bits, for LoRA on top. In a `team` the
+    device is the process's own; a model to be sharded waits in the machine's memory. Raises ModelRefused or one of its
+    kinds, NoQuantization.
     """
     name, revision = _checked_source(source, revision)
-    where, what = pick_device(device), pick_dtype(dtype, pick_device(device))
+    place = team.device or pick_device(device)
+    where, what = torch.device("cpu") if team.sharded else place, pick_dtype(dtype, place)
+    if quantize is not None and team.sharded:
+        raise NoQuantization(f"a sharded model cannot be held in {quantize}; leave one of quantize and shard out")
+    fewer = {} if quantize is None else {"quantization_config": quantization_config(quantize, what)}
     tokenizer = _load_tokenizer(name, revision)
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=what, use_safetensors=True, trust_remote_code=False
+            name,
+            revision=revision,
+            dtype=what,
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map={"": where} if fewer else None,
+            **fewer,
         )
     except (OSError, ValueError) as error:
         raise ModelRefused(f"{name} does not load as a causal language model: {error}") from error
     _check_head(name, model, vocabulary)
-    nn.Module.to(model, where)  # from_pretrained leaves it in evaluation mode
-    return LoadedModel(model, tokenizer, vocabulary, _card(_model_id(source, revision), model))
+    if fewer:
+        keep_trainable(model)
+    else:
+        nn.Module.to(model, where)  # from_pretrained leaves it in evaluation mode
+    devices = f"{team.size} x {place.type}" if team.size > 1 else str(place)
+    return LoadedModel(model, tokenizer, vocabulary, _card(_model_id(source, revision), model, devices), team)
 
 
 def _checked_source(source: str | Path, revision: str | None) -> tuple[str, str | None]:
@@ -137,6 +162,11 @@ def _check_folder(folder: Path) -> None:
         raise UnknownArchitecture(
             f"{folder} has model_type {kind!r}, which this transformers does not know; remote code is never run, so "
             "use a newer transformers or another model"
+        )
+    if config.get("quantization_config") is not None:
+        raise NoQuantization(
+            f"{folder} holds weights in fewer bits already; give the folder they were made from, and the setting "
+            "quantize where memory is short"
         )
     if not any(folder.glob("*.safetensors")):
         raise NoSafetensors(
@@ -179,13 +209,13 @@ def _model_id(source: str | Path, revision: str | None) -> str:
     return f"{source}@{revision[:12]}"
 
 
-def _card(model_id: str, model: PreTrainedModel) -> ModelCard:
+def _card(model_id: str, model: PreTrainedModel, device: str) -> ModelCard:
     return ModelCard(
         model_id=model_id,
         architecture=type(model).__name__,
-        parameters=parameter_count(model),
+        parameters=int(model.num_parameters()),  # of a quantized model those that it stands for
         trainable_parameters=0,
-        device=str(next(model.parameters()).device),
+        device=f"{device}, {bits}" if (bits := quantized(model)) else device,
     )
 
 

@@ -32,6 +32,8 @@ from fedmkt.ml.head import PlainHead, find_plain_head
 from fedmkt.ml.lora import add_lora, on_disk, reset_lora, trainable
 from fedmkt.ml.models import LoadedModel, max_positions, output_head, parameter_count
 from fedmkt.ml.party_folder import About, PartyFolderRefused, digests, read_about, read_file, write_party
+from fedmkt.ml.quantization import NoQuantization, quantized
+from fedmkt.ml.team import Team, TeamMisused
 from fedmkt.protocol import LoraConfig, ModelCard
 from fedmkt.vocabulary import Vocabulary
 
@@ -64,8 +66,15 @@ class Party:
         self.lora = lora
         self.seed = seed
         self.device = loaded.device
+        self.team: Team = loaded.team
+        self.pass_tokens: int | None = None  # in one forward and backward pass, once a training has measured it
         self._adapter_config: dict[str, Any] | None = None
         self._base: dict[str, Tensor] = {}
+        if lora is None and (bits := quantized(self.model)) is not None:
+            raise NoQuantization(
+                f"a base in {bits} can only be trained by LoRA layers on top, the federation has lora null; give it "
+                "LoRA settings, or leave quantize out of the LLM server's"
+            )
         self.model.requires_grad_(lora is None)
         if lora is None:
             nn.Module.float(self.model)
@@ -74,11 +83,23 @@ class Party:
             self._adapter_config = add_lora(self.model, lora, loaded.card.model_id)
         if gradient_checkpointing:
             _checkpoint_gradients(self.model)
+        if self.team.sharded:
+            self._shard()
         self.card: ModelCard = loaded.card.model_copy(
             update={"trainable_parameters": parameter_count(self.model, trainable=True)}
         )
         self.weights = trainable(self.model)
         self.reset()
+
+    def _shard(self) -> None:
+        """Spread the frozen base over the team's processes. LoRA layers, embeddings and head stay whole on each."""
+        if self.lora is None:
+            raise TeamMisused(
+                "a sharded model trains LoRA layers alone, the federation has lora null; give it LoRA settings, or "
+                "leave shard out of the LLM server's"
+            )
+        _ = self.plain_head  # found out while one process alone can pass tokens through the model
+        self.team.shard(self.model, trainable(self.model).values())
 
     def reset(self) -> None:
         """Back to version 0: the bare base model, with a fresh optimizer."""
@@ -111,8 +132,8 @@ class Party:
 
     # -------------------------------------------------------------------------------------------- in memory
 
-    def snapshot(self) -> Snapshot:
-        return Snapshot(_copied(self.weights), _copied(self._moments()), self.steps)
+    def snapshot(self, *, moments: bool = True) -> Snapshot:
+        return Snapshot(_copied(self.weights), _copied(self._moments()) if moments else {}, self.steps)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Back to a snapshot of this party, bit for bit: weights, optimizer moments, schedule."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fedmkt.errors import Refusal
 from fedmkt.knowledge import Knowledge
@@ -30,6 +30,9 @@ from fedmkt.protocol import (
 )
 from fedmkt.public_set import PublicSample
 from fedmkt.round_plan import RoundPlan
+
+if TYPE_CHECKING:
+    from fedmkt.ml.private_budget import PrivacyBudget
 
 Evaluations = dict[str, Evaluation]
 Teach = Callable[[Knowledge], Lesson]  # from the party's own wide knowledge to what it shall learn
@@ -132,25 +135,44 @@ def private_phase(
     config: FederationConfig,
     *,
     epochs: float,
+    budget: "PrivacyBudget | None" = None,
     checkpoints: Checkpoints | None = None,
     progress: Progress = silent,
 ) -> TrainingReport | None:
     """Train on a site's own samples; None when `epochs` is 0. With `checkpoints`, an interrupted one is taken up.
 
-    Raises TrainingDiverged, among others; the party is then as it was.
+    With a `budget`, by DP-SGD and on its account. Raises TrainingDiverged and BudgetSpent, among others; the party is
+    then as it was, and what was spent remains spent.
     """
     if epochs == 0:
         return None
     with undone_on_error(party):
+        steps_done = 0 if checkpoints is None else checkpoints.resume(party)
+        told = _stepwise(party, "training on private text", checkpoints, progress)
+        max_tokens = config.knowledge.max_tokens
+        if budget is not None:
+            from fedmkt.ml.private_training import train_with_noise  # Opacus is in an extra of its own
+
+            return train_with_noise(
+                party,
+                samples,
+                budget,
+                optimizer=config.site_optimizer,
+                epochs=epochs,
+                later_epochs=config.private.epochs,
+                max_tokens=max_tokens,
+                steps_done=steps_done,
+                progress=told,
+            )
         return train_private(
             party,
             samples,
             optimizer=config.site_optimizer,
             epochs=epochs,
             seed=config.seed,
-            max_tokens=config.knowledge.max_tokens,
-            steps_done=0 if checkpoints is None else checkpoints.resume(party),
-            progress=_stepwise(party, "training on private text", checkpoints, progress),
+            max_tokens=max_tokens,
+            steps_done=steps_done,
+            progress=told,
         )
 
 
@@ -185,7 +207,7 @@ def gate(before: Evaluations, after: Evaluations, config: GateConfig) -> GateRep
 
 def _diverged(before: Evaluations, error: Refusal) -> GateReport:
     """The gate of a training that came to no usable end: back to where it was."""
-    was = before[ALL].bits_per_byte
+    was = before[ALL].bits_per_byte if before else None
     reason = f"{error.code}: {error.detail}"[:500]
     return GateReport(decision="rolled_back", before_bits_per_byte=was, after_bits_per_byte=was, reason=reason)
 
@@ -221,6 +243,15 @@ def _learn(
 # ------------------------------------------------------------------------------------------------ a site's round
 
 
+def _own_evaluations(
+    party: Party, private_holdout: Sequence[PublicSample], plan: RoundPlan, progress: Progress
+) -> Evaluations:
+    """What a site's gate looks at."""
+    if not private_holdout:
+        return public_evaluations(party, plan, progress)
+    return _evaluated(party, private_holdout, plan, "evaluating on held-out private text", progress)
+
+
 @dataclass(frozen=True)
 class Applied:
     """A site after it learned from the LLM. `after`: held-out public part with the weights it ended up with."""
@@ -237,7 +268,7 @@ def apply_phase(
     own: Knowledge | None,
     teach: Teach,
     *,
-    private: Sequence[PublicSample],
+    private: Sequence[PublicSample] | None,
     private_holdout: Sequence[PublicSample],
     averaged: bytes | None = None,
     adapter_version: int = 0,
@@ -247,6 +278,9 @@ def apply_phase(
 ) -> Applied:
     """Learn a lesson with replay of private text, and keep it only if the site's own held-out text got no worse.
 
+    A site with differential privacy, whose private text may have a part in nothing but its noisy training, passes
+    None and none: no replay, and the held-out public part decides; where there is none, everything finite is kept.
+
     `own`: the site's wide knowledge on the round's samples with its present weights; None makes it now. `averaged`: the
     federation's averaged adapter, which replaces the site's before the lesson; knowledge is then made anew.
     """
@@ -254,7 +288,7 @@ def apply_phase(
     snapshot = party.snapshot()
     with undone_on_error(party):
         with clock.measure("evaluate"):
-            before = _evaluated(party, private_holdout, plan, "evaluating on held-out private text", progress)
+            before = _own_evaluations(party, private_holdout, plan, progress)
         if averaged is not None:
             party.load_adapter_bytes(averaged)
         if own is None or averaged is not None:
@@ -268,8 +302,8 @@ def apply_phase(
             with clock.measure("train"):
                 training = _learn(party, plan, lesson, plan.config.site_optimizer, private, checkpoints, progress)
             with clock.measure("evaluate"):
-                after = _evaluated(party, private_holdout, plan, "evaluating on held-out private text", progress)
-            decision = gate(before, after, plan.config.gate)
+                after = _own_evaluations(party, private_holdout, plan, progress)
+            decision = gate(before, after, plan.config.gate) if before else GateReport(decision="kept")
         except (TrainingDiverged, EvaluationNotFinite) as error:
             decision = _diverged(before, error)
         if decision.decision == "rolled_back":

@@ -4,29 +4,35 @@ Server and sites run this same code. DESIGN.md 5.6; the loss is FedMKT's lambda 
 2406.02224, section 3.3), a mean over response rows.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]  # ships no annotations
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedmkt.errors import Refusal
 from fedmkt.lesson import Lesson
 from fedmkt.ml.batches import by_length, check_positions, collate, tokenize
+from fedmkt.ml.following import lead
 from fedmkt.ml.head import row_hidden, row_logits
 from fedmkt.ml.losses import CHUNK_LOGITS, chunked_losses, gold_and_sparse_losses
+from fedmkt.ml.memory import MOST_TOKENS, tokens_at_once
 from fedmkt.ml.party import Party
 from fedmkt.ml.plan import Item, Part, batches, row_targets, step_count
+from fedmkt.ml.schedule import set_rates
 from fedmkt.protocol import OptimizerConfig, TrainingReport
 from fedmkt.public_set import PublicSample, PublicSet
 
-MICRO_BATCH_TOKENS = 16384  # padded tokens in one forward and backward pass; more of them accumulate in one step
+log = logging.getLogger(__name__)
+
+MICRO_BATCH_TOKENS = MOST_TOKENS  # padded tokens in one forward and backward pass; more of them accumulate in one step
 Progress = Callable[[int, int, float], None]  # steps done, steps in all, loss in nats
 
 
@@ -43,7 +49,7 @@ def train_private(
     epochs: float,
     seed: int,
     max_tokens: int = 512,
-    micro_batch_tokens: int = MICRO_BATCH_TOKENS,
+    micro_batch_tokens: int | None = None,
     steps_done: int = 0,
     progress: Progress | None = None,
 ) -> TrainingReport:
@@ -51,11 +57,12 @@ def train_private(
 
     Takes `step_count(len(samples), optimizer.batch_size, epochs)` steps. Order and dropout follow from `seed` and the
     steps that the party had taken before this call. `steps_done` resumes: a party that was saved after that many steps
-    of this very call ends bit for bit where an unbroken run ends. Raises NothingToLearn, TrainingDiverged.
+    of this very call ends bit for bit where an unbroken run ends. `micro_batch_tokens` pass the model at once; None for
+    as many as memory holds, which the party's first training measures. Raises NothingToLearn, TrainingDiverged.
     """
     part = Part(tokenize(party.vocabulary, samples, party.usable_tokens(max_tokens)))
-    loop = _Loop(party, optimizer, temperature=1.0, residual_bucket=True, micro_batch_tokens=micro_batch_tokens)
-    return loop.run([part], epochs, seed, steps_done, progress)
+    tokens = micro_batch_tokens or party.pass_tokens
+    return lead(party, _Training((part,), optimizer, epochs, seed, steps_done, tokens), progress)
 
 
 def train_on_lesson(
@@ -72,7 +79,7 @@ def train_on_lesson(
     max_tokens: int,
     replay: Sequence[PublicSample] | None = None,
     public_weight: float = 0.2,
-    micro_batch_tokens: int = MICRO_BATCH_TOKENS,
+    micro_batch_tokens: int | None = None,
     steps_done: int = 0,
     progress: Progress | None = None,
 ) -> TrainingReport:
@@ -91,45 +98,66 @@ def train_on_lesson(
     parts = [Part(public, weight, gold_weight, lesson.targets)]
     if replay is not None:
         parts.append(Part(tokenize(party.vocabulary, replay, party.usable_tokens(max_tokens)), 1 - public_weight))
-    loop = _Loop(party, optimizer, temperature, residual_bucket, micro_batch_tokens)
-    return loop.run(parts, epochs, seed, steps_done, progress)
+    training = _Training(
+        tuple(parts),
+        optimizer,
+        epochs,
+        seed,
+        steps_done,
+        micro_batch_tokens or party.pass_tokens,
+        temperature,
+        residual_bucket,
+    )
+    return lead(party, training, progress)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What is trained, by every process of the party's team alike."""
+
+    parts: tuple[Part, ...]
+    config: OptimizerConfig
+    epochs: float
+    seed: int
+    steps_done: int
+    micro_batch_tokens: int | None
+    temperature: float = 1.0
+    residual_bucket: bool = True
+    trains: ClassVar[bool] = True
+
+    def run(self, party: Party, told: Progress | None) -> TrainingReport:
+        return _Loop(party, self).run(told)
 
 
 class _Loop:
-    """Steps of one call. Under `accelerate launch` every process takes its share of each batch."""
+    """Steps of one call. In a team every process takes its share of each batch."""
 
-    def __init__(
-        self,
-        party: Party,
-        config: OptimizerConfig,
-        temperature: float,
-        residual_bucket: bool,
-        micro_batch_tokens: int,
-    ) -> None:
-        self.party, self.config = party, config
-        self.temperature, self.residual_bucket = temperature, residual_bucket
-        self.micro_batch_tokens = micro_batch_tokens
+    def __init__(self, party: Party, training: _Training) -> None:
+        self.party, self.training, self.team = party, training, party.team
         on_cuda = party.device.type == "cuda"
         self.accelerator = Accelerator(mixed_precision="bf16" if on_cuda else "no", cpu=party.device.type == "cpu")
-        self.model: nn.Module = party.model
+        self.refused: TrainingDiverged | None = None
+        self.tokens = training.micro_batch_tokens or 0  # in one pass; 0: to be measured
 
-    def run(
-        self, parts: list[Part], epochs: float, seed: int, steps_done: int, progress: Progress | None
-    ) -> TrainingReport:
+    def run(self, told: Progress | None) -> TrainingReport:
         began, losses, drawn = time.monotonic(), [], 0
-        first_step = self.party.steps - steps_done
-        size = self.config.batch_size
-        total = step_count(len(parts[0].samples), size, epochs)
-        rng = np.random.default_rng([seed, first_step])
+        what, first_step = self.training, self.party.steps - self.training.steps_done
+        size = what.config.batch_size
+        total = step_count(len(what.parts[0].samples), size, what.epochs)
+        rng = np.random.default_rng([what.seed, first_step])
         with self._training():
-            for number, items in enumerate(batches(parts, size, epochs, rng)):
-                if number < steps_done:
+            self.tokens = self.tokens or self._measured()
+            for number, items in enumerate(batches(what.parts, size, what.epochs, rng)):
+                if number < what.steps_done:
                     continue
-                torch.manual_seed(_dropout_seed(seed, first_step + number))
-                losses.append(self._step(items))
-                drawn += len(items)
-                if progress is not None:
-                    progress(number + 1, total, losses[-1])
+                _seed(self.party.device, _dropout_seed(what.seed, first_step + number, self.team.rank))
+                loss = self._gradients(items)
+                with self.team.together():
+                    self._update(items)
+                    losses.append(float(loss))
+                    drawn += len(items)
+                    if told is not None:
+                        told(number + 1, total, losses[-1])
         return TrainingReport(
             steps=len(losses),
             samples=drawn,
@@ -140,61 +168,96 @@ class _Loop:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """The model in training mode and spread over processes; random state and mode are put back after."""
+        """The model in training mode; random state and mode are put back after."""
         model, devices = self.party.model, [self.party.device] if self.party.device.type == "cuda" else []
         _ = self.party.plain_head
         try:
             with torch.random.fork_rng(devices):
                 model.train(True)
-                if self.accelerator.num_processes > 1:
-                    self.model = self.accelerator.prepare_model(model)
                 yield
         finally:
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.party.optimizer.zero_grad(set_to_none=True)
             model.train(False)
 
-    def _step(self, items: list[Item]) -> float:
-        """One optimizer step on a batch; returns its loss. A batch without any response row only counts."""
-        if not items:
-            self.party.steps += 1
-            return 0.0
-        mine = self._share(items)
-        micro = by_length([item.sample for item in mine], self.micro_batch_tokens)
+    def _gradients(self, items: list[Item]) -> Tensor:
+        """The batch's loss, its gradients in the parameters; of the whole batch, however many processes share it."""
         loss = torch.zeros((), device=self.party.device)
-        for number, indices in enumerate(micro):
-            last = number == len(micro) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                part = self._loss([mine[index] for index in indices])
-                # data parallel training averages gradients over processes; ours are shares of one sum
-                self.accelerator.backward(part * self.accelerator.num_processes)
-            loss += part.detach()
-        if self.accelerator.num_processes > 1:
-            loss = self.accelerator.reduce(loss, "sum")
-        self._update(items)
-        return float(loss)
+        if not items:
+            return loss
+        with self.team.together():
+            while not self._passed(items, loss):
+                self._take_less(items)
+                loss.zero_()
+            if self.refused is not None:  # not before: a pass through a sharded model takes every process
+                raise self.refused
+        grads = [weight.grad for weight in self.party.weights.values() if weight.grad is not None]
+        self.team.add_up([loss, *grads])
+        return loss
 
-    def _share(self, items: list[Item]) -> list[Item]:
-        """This process's items; one of weight 0 where there are fewer items than processes: all must take part."""
-        accelerator = self.accelerator
-        mine = items[accelerator.process_index :: accelerator.num_processes]
-        return mine or [replace(items[0], row_weight=0.0)]
+    def _passed(self, items: list[Item], loss: Tensor) -> bool:
+        """Add up loss and gradients of this process's share; False where that takes more memory than there is."""
+        try:
+            for micro in self._micro_batches(items):
+                part = self._loss(micro)
+                self.accelerator.backward(part)
+                loss += part.detach()
+        except torch.OutOfMemoryError:
+            if self.team.sharded or self.tokens <= max(len(item.sample.ids) for item in items):
+                raise
+            return False
+        return True
+
+    def _take_less(self, items: list[Item]) -> None:
+        """Half as much at once, from here on."""
+        self.party.optimizer.zero_grad(set_to_none=True)
+        self.tokens //= 2
+        self.party.pass_tokens = self.tokens
+        log.warning("training.out_of_memory", extra={"samples": len(items), "micro_batch_tokens": self.tokens})
+
+    def _measured(self) -> int:
+        """Tokens that fit into one pass on every process, by the longest sample; the party remembers them."""
+        weightless = (Item(part, place, 0.0) for part in self.training.parts for place in range(len(part.samples)))
+        longest = max(weightless, key=lambda item: (bool(len(item.sample.rows)), len(item.sample.ids)))
+
+        def work(samples: int) -> None:
+            self.party.optimizer.zero_grad(set_to_none=True)
+            self.accelerator.backward(self._loss([longest] * samples))
+
+        with self.team.together():
+            tokens = tokens_at_once(self.party.device, self.team.size, len(longest.sample.ids), work)
+        self.party.optimizer.zero_grad(set_to_none=True)
+        self.refused = None  # it is for the sample's own step to say
+        self.party.pass_tokens = self.team.least(tokens)
+        log.info("training.measured", extra={"micro_batch_tokens": self.party.pass_tokens})
+        return self.party.pass_tokens
+
+    def _micro_batches(self, items: list[Item]) -> list[list[Item]]:
+        """This process's; where a model is sharded, as many as every other's."""
+        cuts = [self._cut(items[rank :: self.team.size] or _weightless(items)) for rank in range(self.team.size)]
+        mine = cuts[self.team.rank]
+        if self.team.sharded:
+            mine += [_weightless(items)] * (max(map(len, cuts)) - len(mine))
+        return mine
+
+    def _cut(self, items: list[Item]) -> list[list[Item]]:
+        cut = by_length([item.sample for item in items], self.tokens)
+        return [[items[index] for index in indices] for indices in cut]
 
     def _loss(self, items: list[Item]) -> Tensor:
         batch = collate([item.sample for item in items], self.party.device)
         targets = row_targets(items, self.party.device)
-        residual = targets.residual if self.residual_bucket else None
-        soft = (batch.gold, targets.ids, targets.probs, residual, self.temperature)
+        residual = targets.residual if self.training.residual_bucket else None
+        soft = (batch.gold, targets.ids, targets.probs, residual, self.training.temperature)
         size, head, plain = self.party.vocabulary.size, self.party.head, self.party.plain_head
         with self.accelerator.autocast():
             if plain is not None and len(batch.places) * size > CHUNK_LOGITS:
-                hidden, cut = row_hidden(self.model, head, batch), plain.cut(size)
+                hidden, cut = row_hidden(self.party.model, head, batch), plain.cut(size)
                 nll, distilled = chunked_losses(hidden, cut.weight, cut.bias, *soft)
             else:
-                nll, distilled = gold_and_sparse_losses(row_logits(self.model, head, batch)[:, :size], *soft)
+                nll, distilled = gold_and_sparse_losses(row_logits(self.party.model, head, batch)[:, :size], *soft)
         rows = targets.gold_weight * nll + targets.soft_weight * distilled
-        if not rows.isfinite().all():
-            raise self._diverged(items, rows)
+        if self.refused is None and not rows.isfinite().all():
+            self.refused = self._diverged(items, rows)
         return rows.sum()
 
     def _diverged(self, items: list[Item], rows: Tensor) -> TrainingDiverged:
@@ -206,25 +269,40 @@ class _Loop:
         )
 
     def _update(self, items: list[Item]) -> None:
-        party, config = self.party, self.config
+        """One optimizer step on a batch; one without any response row only counts."""
+        party, config = self.party, self.training.config
+        if not items:
+            party.steps += 1
+            return
         norm = self.accelerator.clip_grad_norm_(list(party.weights.values()), config.max_grad_norm)
         if not math.isfinite(float(norm)):
             raise TrainingDiverged(
                 f"step {party.steps + 1}: the gradient is not finite on a batch of "
                 f"{_named(sorted({item.sample.id for item in items}))}; lower the learning rate"
             )
-        warmed = min(1.0, (party.steps + 1) / max(1, config.warmup_steps))
-        for group in party.optimizer.param_groups:
-            group["lr"] = config.learning_rate * warmed
-            group["weight_decay"] = config.weight_decay if group["decay"] else 0.0
+        set_rates(party.optimizer, config, party.steps)
         party.optimizer.step()
         party.optimizer.zero_grad(set_to_none=True)
         party.steps += 1
 
 
-def _dropout_seed(seed: int, step: int) -> int:
+def _weightless(items: list[Item]) -> list[Item]:
+    """For a process that has no item of its own: all must take part."""
+    return [replace(items[0], row_weight=0.0)]
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """`torch.manual_seed` for the devices in use: it also queues work for those that are not there, more every step."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
     """One dropout seed for each step, so that a resumed run draws what an unbroken one draws."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+    mixed = [seed, step, rank] if rank else [seed, step]
+    return int(np.random.SeedSequence(mixed).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _named(ids: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from fedmkt_coordinator.routes import (
     adapters,
     artifacts,
     audit,
+    chunks,
     events,
     federations,
     jobs,
@@ -21,6 +22,7 @@ from fedmkt_coordinator.routes import (
 
 def routers() -> list[APIRouter]:
     return [
+        chunks.router,  # the framework looks for a route from the first on, and this one is asked for most
         operations.router,
         metrics.router,
         federations.router,

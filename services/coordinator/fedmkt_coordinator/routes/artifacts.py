@@ -27,6 +27,7 @@ class RangeOutside(Refusal):
     status = 416
     code = "artifact.range"
     title = "The range lies outside the artifact"
+    remedy = "Content-Range of the answer says how many bytes there are: ask for a range within them."
 
 
 @router.get("/{digest}", summary="Fetch an artifact", response_class=StreamingResponse)
@@ -64,7 +65,7 @@ async def send_artifact(
     if asked is not None:
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     return StreamingResponse(
-        context.artifacts.stream(digest, start, stop),
+        await context.artifacts.stream(digest, start, stop),
         206 if asked else 200,
         headers=headers,
         media_type=media_type,

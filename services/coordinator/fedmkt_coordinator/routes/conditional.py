@@ -1,19 +1,20 @@
 """Answers that a dashboard asks for again and again: 304 while nothing has changed, and cheap.
 
-What a federation's events move carries a weak ETag made of their sequence (`polled`); `Polls` compares it before the
-request meets anything else. Small answers about something else carry a hash of their body (`conditional`).
+What a federation's events move carries a weak ETag made of their sequence (`polled`); `unchanged` compares it before
+the request meets anything else. Small answers about something else carry a hash of their body (`conditional`).
 """
 
 import hashlib
 import re
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 
 from fastapi import Request
 from pydantic import BaseModel
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from fedmkt import __version__
 from fedmkt_coordinator.context import Context
@@ -26,10 +27,8 @@ from fedmkt_coordinator.store.versions import Failed, Subject
 FRESH_S = 15
 CACHING = {"Cache-Control": "private, no-cache"}
 # What is polled, and whose events move it.
-POLLED: tuple[tuple[re.Pattern[str], Subject], ...] = (
-    (re.compile(r"^/v1/federations/([^/]+)(?:/rounds|/adapters|/events)?$"), "federation"),
-    (re.compile(r"^/v1/rounds/([^/]+)$"), "round"),
-    (re.compile(r"^/v1/federations()$"), "federations"),
+POLLED = re.compile(
+    r"^/v1/(?:federations(?:/(?P<federation>[^/]+)(?:/rounds|/adapters|/events)?)?|rounds/(?P<round>[^/]+))$"
 )
 
 
@@ -66,39 +65,34 @@ def _tag(version: str, now: datetime, query: bytes) -> str:
     return f'W/"{__version__}.{version}.{int(now.timestamp()) // FRESH_S}.{zlib.crc32(query):08x}"'
 
 
-class Polls:
-    """ASGI middleware: a poll that finds nothing new is answered here, from one statement.
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """The answer to a poll that finds nothing new, and the template of the address that was polled."""
+
+    tag: bytes
+    route: str
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"etag", self.tag), (b"cache-control", CACHING["Cache-Control"].encode())]
+        await send({"type": "http.response.start", "status": 304, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def unchanged(scope: Scope, headers: Mapping[bytes, bytes]) -> Unchanged | None:
+    """Asked before the request meets anything else, and answered from one statement; None lets it go its way.
 
     It only ever says "not modified", and only to a token that may read. Whatever else is the matter with a request, or
     with the database, is found out and said by the route.
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "GET":
-            tag = await _unchanged(scope)
-            if tag is not None:
-                headers = [(b"etag", tag), (b"cache-control", CACHING["Cache-Control"].encode())]
-                await send({"type": "http.response.start", "status": 304, "headers": headers})
-                await send({"type": "http.response.body", "body": b""})
-                return
-        await self._app(scope, receive, send)
-
-
-async def _unchanged(scope: Scope) -> bytes | None:
-    """The ETag that the client has and that still holds; None to let the request go its way."""
-    headers: dict[bytes, bytes] = dict(scope["headers"])
     known, bearer = headers.get(b"if-none-match"), headers.get(b"authorization", b"")
     if known is None or bearer[:7].lower() != b"bearer ":
         return None
-    found = next(((hit[1], subject) for path, subject in POLLED if (hit := path.match(scope["path"]))), None)
+    found = POLLED.match(scope["path"])
     if found is None:
         return None
     context = scope["app"].state.context
     assert isinstance(context, Context)
-    key, subject = found
+    subject, key = _subject(found)
     try:
         token_hash = secret_hash(bearer[7:].decode("latin-1").strip())
         seen = await context.store.glance.look(token_hash, subject, key)
@@ -107,4 +101,13 @@ async def _unchanged(scope: Scope) -> bytes | None:
     if seen.role not in READERS or seen.version is None or not context.rates.staff.grants(token_hash[:NAME_DIGITS]):
         return None
     tag = _tag(seen.version, context.clock(), scope["query_string"])
-    return tag.encode() if matches(known.decode("latin-1"), tag) else None
+    if not matches(known.decode("latin-1"), tag):
+        return None
+    return Unchanged(tag.encode(), scope["path"].replace(key, f"{{{subject}_id}}") if key else scope["path"])
+
+
+def _subject(found: re.Match[str]) -> tuple[Subject, str]:
+    """What is polled, and its id."""
+    if found["round"] is not None:
+        return "round", found["round"]
+    return ("federation", found["federation"]) if found["federation"] is not None else ("federations", "")

@@ -1,5 +1,6 @@
 """What happened, by cursor and live."""
 
+import logging
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -8,11 +9,14 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from fedmkt.protocol import EventPage
 from fedmkt_coordinator.context import Context, Ctx
+from fedmkt_coordinator.dependencies import DependencyDown
 from fedmkt_coordinator.routes.conditional import polled
 from fedmkt_coordinator.routes.paging import MAX_NUMBER, Cursor, Limit, cursor_after, number_before
 from fedmkt_coordinator.security import Principal, Reader, still_valid
 from fedmkt_coordinator.store import Transaction
 from fedmkt_coordinator.views import event_view
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/federations/{federation_id}/events", tags=["events"])
 
@@ -74,10 +78,14 @@ async def follow(
 ) -> AsyncIterator[ServerSentEvent]:
     while not context.wakeups.stopping:
         bell = context.wakeups.bell(federation_id)
-        async with context.store.read() as tx:
-            if not await still_valid(tx, principal):  # the token was replaced since the stream began
-                return
-            found = await tx.events_after(federation_id, after, BATCH)
+        try:
+            async with context.store.read() as tx:
+                if not await still_valid(tx, principal):  # the token was replaced since the stream began
+                    return
+                found = await tx.events_after(federation_id, after, BATCH)
+        except DependencyDown as error:  # whoever connects again is told, and goes on after the last event
+            log.warning("events.stream_ended", extra={"reason": str(error)})
+            return
         for row in found:
             after = row.sequence
             yield ServerSentEvent(id=str(row.sequence), event=row.kind, data=event_view(row))

@@ -17,7 +17,7 @@ from fedmkt_coordinator.routes.paging import Cursor, Limit, cursor_after, item_b
 from fedmkt_coordinator.routes.raw import raw_body
 from fedmkt_coordinator.security import Operator, Reader, Worker
 from fedmkt_coordinator.store import Transaction
-from fedmkt_coordinator.views import adapter_view, federation_view, present_federation
+from fedmkt_coordinator.views import adapter_view, federation_view, federation_views, present_federation
 
 router = APIRouter(prefix="/v1/federations", tags=["federations"])
 
@@ -45,7 +45,7 @@ async def list_all(context: Ctx, request: Request, cursor: Cursor = None, limit:
 
     async def page(tx: Transaction) -> FederationPage:
         found = await tx.federations_after(after, limit + 1)
-        views = [await federation_view(tx, each) for each in found[:limit]]
+        views = await federation_views(tx, found[:limit])
         more = cursor_after(FEDERATIONS, found[limit - 1].name) if len(found) > limit else None
         return FederationPage(items=tuple(views), next_cursor=more)
 
@@ -79,7 +79,7 @@ async def put_public_set(context: Ctx, request: Request, federation_id: str) -> 
 @router.put("/{federation_id}/llm", dependencies=[Worker], summary="Register the LLM")
 async def register_llm(context: Ctx, federation_id: str, registration: LlmRegistration) -> FederationView:
     """Its vocabulary must have been uploaded as an artifact before. Fixed once a round has begun."""
-    await federations.register_llm(context.store, context.artifacts, federation_id, registration)
+    await federations.register_llm(context.store, context.artifacts, context.vocabularies, federation_id, registration)
     return await present_federation(context.store, federation_id)
 
 

@@ -74,7 +74,7 @@ async def list_rounds(
     async def page(tx: Transaction) -> RoundPage:
         federation = await tx.federation(federation_id)
         found = await tx.rounds_before(federation_id, before, limit + 1)
-        views = await round_views(tx, federation, found[:limit])
+        views = await round_views(tx, {federation.id: federation}, found[:limit])
         more = cursor_after(ROUNDS, found[limit - 1].number) if len(found) > limit else None
         return RoundPage(items=tuple(views), next_cursor=more)
 
@@ -109,4 +109,4 @@ async def _view(context: Context, round_id: str) -> RoundView:
 
 async def _view_of(tx: Transaction, round_id: str) -> RoundView:
     row = await tx.round(round_id)
-    return (await round_views(tx, await tx.federation(row.federation_id), [row]))[0]
+    return (await round_views(tx, {row.federation_id: await tx.federation(row.federation_id)}, [row]))[0]

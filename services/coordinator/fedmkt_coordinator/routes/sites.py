@@ -77,7 +77,8 @@ async def me(context: Ctx, site: Site, request: Request) -> Response:
 )
 async def put_vocabulary(context: Ctx, site: Site, request: Request) -> VocabularyReceipt:
     """The bytes of `Vocabulary.to_bytes()`. Maps to and from the LLM's vocabulary are built next."""
-    return await federations.put_vocabulary(context.store, context.artifacts, site, await request.body())
+    data = await request.body()
+    return await federations.put_vocabulary(context.store, context.artifacts, context.vocabularies, site, data)
 
 
 @router.put("/me/model", status_code=204, summary="Describe the model")

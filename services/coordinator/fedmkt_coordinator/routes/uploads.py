@@ -1,11 +1,10 @@
-"""Uploads: announce, send chunks, complete."""
+"""Uploads: announce, ask, take back, complete. Sending is in `chunks`."""
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from fedmkt.protocol import Manifest, UploadReceipt, UploadState
 from fedmkt_coordinator import acceptance, uploads
 from fedmkt_coordinator.context import Ctx
-from fedmkt_coordinator.routes.raw import ContentRange, raw_body
 from fedmkt_coordinator.security import Site
 
 router = APIRouter(prefix="/v1/uploads", tags=["knowledge"])
@@ -27,18 +26,6 @@ async def read(context: Ctx, site: Site, upload_id: str) -> UploadState:
 async def abandon(context: Ctx, site: Site, upload_id: str) -> None:
     """To announce other bytes for the same round."""
     await uploads.abandon(context.desk, site, upload_id)
-
-
-@router.put(
-    "/{upload_id}/chunks/{index}",
-    summary="Send one chunk",
-    openapi_extra=raw_body("application/octet-stream", "the bytes that the manifest announced"),
-)
-async def put_chunk(
-    context: Ctx, site: Site, upload_id: str, index: int, request: Request, content_range: ContentRange = None
-) -> UploadState:
-    """In any order, any number of times, whole or in parts. What came before a line broke is kept: `arrived`."""
-    return await uploads.put_chunk(context.desk, site, upload_id, index, content_range, request)
 
 
 @router.post("/{upload_id}/complete", summary="Check the whole and get a receipt")

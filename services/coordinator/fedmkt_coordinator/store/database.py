@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from fedmkt import fault_points
 from fedmkt.tracing import span
+from fedmkt_coordinator.dependencies import DependencyDown
 from fedmkt_coordinator.store.adapters import Adapters
 from fedmkt_coordinator.store.chunks import Chunks
 from fedmkt_coordinator.store.credentials import Credentials
@@ -19,6 +20,7 @@ from fedmkt_coordinator.store.direct_sqlite import UNSYNCED, WRITES, sqlite_engi
 from fedmkt_coordinator.store.federations import Federations
 from fedmkt_coordinator.store.figures import Counts
 from fedmkt_coordinator.store.jobs import Jobs
+from fedmkt_coordinator.store.outages import FAILURES, is_away
 from fedmkt_coordinator.store.rounds import Rounds
 from fedmkt_coordinator.store.sites import Sites
 from fedmkt_coordinator.store.statements import Outbox
@@ -28,6 +30,7 @@ from fedmkt_coordinator.store.vocabularies import Vocabularies
 from fedmkt_coordinator.store.webhooks import Webhooks
 
 Clock = Callable[[], datetime]
+CONNECT_S = 5
 
 
 class Transaction(
@@ -84,6 +87,22 @@ class Store:
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[AsyncConnection]:
+        """Raises DependencyDown when the database cannot be reached, or goes away before the block's end.
+
+        Whether a commit that was on its way then counts is not known: every transition may be repeated.
+        """
+        reached = False
+        try:
+            async with self._opened() as connection:
+                reached = True
+                yield connection
+        except FAILURES as error:
+            if reached and not is_away(error):
+                raise
+            raise DependencyDown("database", error) from error
+
+    @asynccontextmanager
+    async def _opened(self) -> AsyncIterator[AsyncConnection]:
         if not self._sqlite:
             async with self.engine.connect() as connection:
                 yield connection
@@ -130,7 +149,9 @@ def open_engine(database_url: str | None, state_dir: Path) -> AsyncEngine:
     url = make_url(database_url)
     if url.get_backend_name() == "sqlite":
         return sqlite_engine(Path(url.database or "fedmkt.sqlite"))
-    return create_async_engine(_asyncpg(url), pool_size=10, max_overflow=20, pool_pre_ping=True)
+    return create_async_engine(
+        _asyncpg(url), pool_size=10, max_overflow=20, pool_pre_ping=True, connect_args={"timeout": CONNECT_S}
+    )
 
 
 def _asyncpg(url: URL) -> URL:

@@ -1,10 +1,17 @@
 """Events: every transition leaves one, in the order of commits."""
 
-from sqlalchemy import select, update
+from sqlalchemy import bindparam, select, update
 
 from fedmkt_coordinator.store.audit import Audit, is_act
 from fedmkt_coordinator.store.records import EventRow
 from fedmkt_coordinator.store.tables import events, federations
+
+_COUNT = (
+    update(federations)
+    .where(federations.c.id == bindparam("key"))
+    .values(events=federations.c.events + 1)
+    .returning(federations.c.events)
+)
 
 
 class Events(Audit):
@@ -22,9 +29,7 @@ class Events(Audit):
         The sequence is counted in the federation's row, whose lock is kept until the commit: whoever reads event n can
         be sure that no smaller number is still to come. A database sequence would not promise that.
         """
-        count = federations.c.events + 1
-        statement = update(federations).where(federations.c.id == federation_id).values(events=count)
-        sequence = await self._scalar(statement.returning(federations.c.events))
+        sequence = (await self._connection.execute(_COUNT, {"key": federation_id})).scalar_one()
         row = EventRow(federation_id, int(sequence), self.now, kind, round_id, site, data)
         await self._insert(events, row)
         if is_act(kind, data):

@@ -1,9 +1,9 @@
 """Rounds, and each site's part in them."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime
 
-from sqlalchemy import bindparam, func, select, update
+from sqlalchemy import Integer, bindparam, func, or_, select, update
 
 from fedmkt.errors import Refusal
 from fedmkt.protocol import ApplyReport, DistillResult, RoundState
@@ -13,6 +13,17 @@ from fedmkt_coordinator.store.records import RoundRow, RoundSiteRow, SiteRow
 from fedmkt_coordinator.store.tables import ACTIVE_STATES, round_sites, rounds, sites
 
 _BY_ID = select(rounds).where(rounds.c.id == bindparam("key"))
+_ACTIVE = select(rounds).where(
+    rounds.c.federation_id == bindparam("key"), or_(*(rounds.c.state == state for state in ACTIVE_STATES))
+)
+_PART = select(round_sites).where(round_sites.c.round_id == bindparam("key"), round_sites.c.site == bindparam("name"))
+_AWAITED = (
+    select(round_sites.c.site)
+    .where(round_sites.c.round_id == bindparam("key"), round_sites.c.expected.is_(True))
+    .where(round_sites.c.uploaded_at.is_(None))
+    .order_by(round_sites.c.site)
+    .limit(bindparam("most", type_=Integer))
+)
 
 
 class RoundUnknown(Refusal):
@@ -55,8 +66,18 @@ class Rounds(Events):
         return found
 
     async def active_round(self, federation_id: str) -> RoundRow | None:
-        statement = select(rounds).where(rounds.c.federation_id == federation_id, rounds.c.state.in_(ACTIVE_STATES))
-        return await self._first(RoundRow, statement)
+        return await self._first(RoundRow, _ACTIVE, key=federation_id)
+
+    async def active_rounds(self, federation_ids: Collection[str]) -> list[RoundRow]:
+        """At most one of each federation."""
+        of_these = rounds.c.federation_id.in_(federation_ids)
+        return await self._all(RoundRow, select(rounds).where(of_these, rounds.c.state.in_(ACTIVE_STATES)))
+
+    async def rounds_begun_of(self, federation_ids: Collection[str]) -> dict[str, int]:
+        """Federations without any round are left out."""
+        statement = select(rounds.c.federation_id, func.count()).where(rounds.c.federation_id.in_(federation_ids))
+        found = await self._connection.execute(statement.group_by(rounds.c.federation_id))
+        return {str(row[0]): int(row[1]) for row in found}
 
     async def rounds_begun(self, federation_id: str) -> int:
         statement = select(func.count()).select_from(rounds).where(rounds.c.federation_id == federation_id)
@@ -126,15 +147,11 @@ class Rounds(Events):
         return await self._all(RoundSiteRow, statement.order_by(round_sites.c.site))
 
     async def part(self, round_id: str, site: str) -> RoundSiteRow | None:
-        statement = select(round_sites).where(round_sites.c.round_id == round_id, round_sites.c.site == site)
-        return await self._first(RoundSiteRow, statement)
+        return await self._first(RoundSiteRow, _PART, key=round_id, name=site)
 
     async def awaited_uploads(self, round_id: str, limit: int) -> list[str]:
         """Sites whose upload the round expects and has not got, by name; at most `limit` of them."""
-        part = round_sites.c
-        waits = (part.round_id == round_id) & part.expected.is_(True) & part.uploaded_at.is_(None)
-        rows = await self._connection.execute(select(part.site).where(waits).order_by(part.site).limit(limit))
-        return [str(row[0]) for row in rows]
+        return [str(site) for site in await self._column(_AWAITED, key=round_id, most=limit)]
 
     async def awaited_reports(self, row: RoundRow, limit: int) -> list[str]:
         """Sites that uploaded, or asked for a task since the round began, and have not reported; by name, some of them.

@@ -1,6 +1,7 @@
 """Enrolled sites."""
 
 from collections.abc import Collection
+from datetime import datetime
 
 from sqlalchemy import bindparam, func, or_, select, update
 from sqlalchemy.sql.elements import ColumnElement
@@ -35,7 +36,11 @@ class Sites(Statements):
 
     async def sites(self, federation_id: str) -> list[SiteRow]:
         """Every row of the federation, revoked ones too, by name and then oldest first."""
-        statement = select(sites).where(sites.c.federation_id == federation_id)
+        return await self.sites_of([federation_id])
+
+    async def sites_of(self, federation_ids: Collection[str]) -> list[SiteRow]:
+        """The same of several federations."""
+        statement = select(sites).where(sites.c.federation_id.in_(federation_ids))
         return await self._all(SiteRow, statement.order_by(sites.c.name, sites.c.enrolled_at, sites.c.id))
 
     async def site_vocabularies(self, federation_id: str) -> list[str]:
@@ -46,8 +51,14 @@ class Sites(Statements):
 
     async def described_sites(self, federation_id: str) -> int:
         """How many sites have said all about themselves: `SiteRow.ready`, counted."""
-        said = sites.c.revoked_at.is_(None) & sites.c.model.is_not(None) & sites.c.vocabulary.is_not(None)
-        return int(await self._scalar(select(func.count()).where(sites.c.federation_id == federation_id, said)))
+        return int(await self._scalar(select(func.count()).where(_described(federation_id))))
+
+    async def described_since(self, federation_id: str, count: int) -> datetime:
+        """When the last of the first `count` of them enrolled; that many there are."""
+        enrolled = select(sites.c.enrolled_at).where(_described(federation_id)).order_by(sites.c.enrolled_at)
+        found = await self._scalar(enrolled.offset(count - 1).limit(1))
+        assert isinstance(found, datetime)
+        return found
 
     async def active_site(self, federation_id: str, name: str) -> SiteRow | None:
         statement = select(sites).where(_active(federation_id, name))
@@ -58,7 +69,7 @@ class Sites(Statements):
         statement = update(sites).where(_active(federation_id, name)).values(revoked_at=self.now)
         return await self._count(statement) == 1
 
-    async def set_site_model(self, site: SiteRow, model: ModelCard, private_samples: int) -> None:
+    async def set_site_model(self, site: SiteRow, model: ModelCard, private_samples: int | None) -> None:
         await self._change(
             update(sites)
             .where(sites.c.id == site.id, sites.c.revoked_at.is_(None))
@@ -95,6 +106,11 @@ class Sites(Statements):
             if await self._scalar(statement.limit(1)) is not None:
                 return True
         return False
+
+
+def _described(federation_id: str) -> ColumnElement[bool]:
+    said = sites.c.revoked_at.is_(None) & sites.c.model.is_not(None) & sites.c.vocabulary.is_not(None)
+    return (sites.c.federation_id == federation_id) & said
 
 
 def _active(federation_id: str, name: str) -> ColumnElement[bool]:

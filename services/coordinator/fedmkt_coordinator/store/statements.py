@@ -1,7 +1,7 @@
 """What every part of a transaction is built from: typed reads, and writes that say whether they changed a row."""
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import lru_cache
@@ -59,9 +59,16 @@ class Statements:
         as long as the statement.
         """
         if values and isinstance(statement, Select) and isinstance(self._connection.dialect, DirectSqlite):
-            return _prepared(statement, self._connection.dialect).first(self._connection, record, values)
+            found = list(_prepared(statement, self._connection.dialect).rows(self._connection, values))
+            return record(*found[0]) if found else None
         row = (await self._connection.execute(statement, values)).first()
         return None if row is None else record(*row)
+
+    async def _column(self, statement: Select[Any], **values: object) -> list[Any]:
+        """The first column of all rows; in the same way."""
+        if isinstance(self._connection.dialect, DirectSqlite):
+            return [row[0] for row in _prepared(statement, self._connection.dialect).rows(self._connection, values)]
+        return list((await self._connection.execute(statement, values)).scalars())
 
     async def _scalar(self, statement: Executable) -> Any:
         return (await self._connection.execute(statement)).scalar()
@@ -79,7 +86,7 @@ class Statements:
             raise StateChanged(f"{expectation}: {changed} rows were changed, 1 was expected; read it again and retry")
 
     async def _insert(self, table: Table, row: "DataclassInstance") -> None:
-        await self._connection.execute(table.insert().values(_values(row)))
+        await self._connection.execute(table.insert(), _values(row))
 
     async def _insert_all(self, table: Table, rows: "Sequence[DataclassInstance]") -> None:
         if rows:
@@ -103,13 +110,13 @@ class _Prepared:
         kinds = [column.type.dialect_impl(dialect) for column in statement.selected_columns]
         self._read = [kind.result_processor(dialect, None) or _as_it_is for kind in kinds]
 
-    def first(self, connection: AsyncConnection, record: type[Record], values: Mapping[str, object]) -> Record | None:
+    def rows(self, connection: AsyncConnection, values: Mapping[str, object]) -> Iterator[list[Any]]:
         assert connection.sync_connection is not None
         driver = connection.sync_connection.connection.dbapi_connection
         assert isinstance(driver, sqlite3.Connection)
         given = {**self._fixed, **values}
-        row = driver.execute(self._sql, [given[name] for name in self._names]).fetchone()
-        return None if row is None else record(*[read(value) for read, value in zip(self._read, row, strict=True)])
+        for row in driver.execute(self._sql, [given[name] for name in self._names]).fetchall():
+            yield [read(value) for read, value in zip(self._read, row, strict=True)]
 
 
 @lru_cache(64)

@@ -21,6 +21,7 @@ _TAKES = (
 )
 # In both databases' words, and made once: building an insert takes longer than the insert.
 _ADD = text("INSERT INTO upload_chunks (upload_id, number) VALUES (:upload_id, :number) ON CONFLICT DO NOTHING")
+_FORGET = delete(upload_chunks).where(upload_chunks.c.upload_id == bindparam("key"))
 _CHUNKS = select(upload_chunks.c.number).where(upload_chunks.c.upload_id == bindparam("key"))
 
 
@@ -86,11 +87,11 @@ class Uploads(Statements):
             await self._connection.execute(_ADD, [{"upload_id": each, "number": number} for each, number in chunks])
 
     async def chunks(self, upload_id: str) -> set[int]:
-        return {int(row[0]) for row in await self._connection.execute(_CHUNKS, {"key": upload_id})}
+        return {int(number) for number in await self._column(_CHUNKS, key=upload_id)}
 
     async def forget_chunks(self, upload_id: str) -> None:
         """Call it when the chunks themselves are gone: the rows say what there is to delete."""
-        await self._count(delete(upload_chunks).where(upload_chunks.c.upload_id == upload_id))
+        await self._connection.execute(_FORGET, {"key": upload_id})
 
     async def uploading_sites(self, round_ids: Iterable[str]) -> set[tuple[str, str]]:
         """(round id, site) of every upload that is announced and not complete."""

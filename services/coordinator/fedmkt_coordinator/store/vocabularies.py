@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable
 
-from sqlalchemy import select, tuple_, update
+from sqlalchemy import bindparam, select, tuple_, update
 
 from fedmkt_coordinator.store.records import MapRow, VocabularyRow
 from fedmkt_coordinator.store.statements import Statements
 from fedmkt_coordinator.store.tables import vocabularies, vocabulary_maps
+
+_BY_FINGERPRINT = select(vocabularies).where(vocabularies.c.fingerprint == bindparam("key"))
 
 
 class Vocabularies(Statements):
@@ -16,10 +18,13 @@ class Vocabularies(Statements):
         return await self.vocabulary(fingerprint)
 
     async def vocabulary(self, fingerprint: str) -> VocabularyRow:
-        statement = select(vocabularies).where(vocabularies.c.fingerprint == fingerprint)
-        found = await self._first(VocabularyRow, statement)
+        found = await self._first(VocabularyRow, _BY_FINGERPRINT, key=fingerprint)
         assert found is not None, f"vocabulary {fingerprint} is referred to and never deleted"
         return found
+
+    async def vocabulary_in(self, artifact: str) -> VocabularyRow | None:
+        """The vocabulary that these bytes are, if they are the ones that were kept for it."""
+        return await self._first(VocabularyRow, select(vocabularies).where(vocabularies.c.artifact == artifact))
 
     async def add_map(self, row: MapRow) -> bool:
         """False when somebody asked for that map before."""
