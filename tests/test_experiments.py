@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from experiments.arms import ARMS
 from experiments.lines import Line, read_lines, write_lines
 from experiments.paired import difference, interval
 from experiments.play import StepsDiffer, play
-from experiments.report import NoMarkers, NoResults, Results, put_between, tables, write_report
+from experiments.report import HalfMarked, NoResults, Results, put_between, tables, write_report
 from experiments.setting import Setting
 from experiments.starts import Seed, make_start
 from experiments.teaching import mean_targets, right_teachers
-from experiments.texts import Pool, draw
+from experiments.texts import NoRealTexts, Pool, draw, real_pool
 from experiments.units import Folders, Unit, run, units_of
 from pydantic import ValidationError
 
@@ -99,12 +100,17 @@ def played(setting: Setting, arm: str, cache: Path) -> list[Line]:
     return play(tiny_seed(setting, cache), arm, ARMS[arm], lambda done, total: None)
 
 
+@functools.cache
+def tiny_lines(arm: str, cache: Path) -> list[Line]:
+    return played(tiny(), arm, cache)
+
+
 # ------------------------------------------------------------------------------------------------ arms
 
 
 @pytest.mark.parametrize("arm", HETEROGENEOUS)
 def test_every_arm_plays_to_its_end_with_the_steps_of_the_others(arm: str, cache: Path) -> None:
-    lines = played(tiny(), arm, cache)
+    lines = tiny_lines(arm, cache)
 
     assert {line.domain for line in lines} == {"all", "first", "second"}
     assert all(0 < line.bits_per_byte < 20 for line in lines)
@@ -129,13 +135,13 @@ def test_equal_sites_average_their_adapters(cache: Path) -> None:
 
 
 def test_the_default_arm_is_the_default_federation() -> None:
-    setting = tiny(federation={})
+    setting = tiny(federation={}, texts={**tiny().texts.model_dump(), "slice": 8})
     config = setting.config(ARMS["fedmkt"], ("first", "second"), 7)
 
     assert config.distillation == type(config.distillation)()
     assert (config.lora, config.seed, config.llm_training) == (None, 7, True)
     assert config.public_set.slices == 2
-    assert config.public_set.holdout_share == pytest.approx(4 / 20)
+    assert config.public_set.holdout_share == pytest.approx(4 / 36)
 
 
 def test_the_paper_plays_fewer_rounds_with_as_many_steps() -> None:
@@ -155,7 +161,7 @@ def test_an_arm_that_takes_other_steps_is_refused(cache: Path, monkeypatch: pyte
 
 
 def test_experts_and_nobody_else_teach_in_the_oracle_arm(cache: Path) -> None:
-    lines = {arm: played(tiny(), arm, cache) for arm in ("oracle_teacher", "worst_teacher")}
+    lines = {arm: tiny_lines(arm, cache) for arm in ("oracle_teacher", "worst_teacher")}
     llm = {arm: next(line for line in found if line.party == "llm") for arm, found in lines.items()}
 
     assert llm["oracle_teacher"].precision == 1.0
@@ -167,7 +173,7 @@ def test_results_do_not_depend_on_what_was_kept(cache: Path, tmp_path: Path) -> 
     again = played(tiny(), "fedmkt", tmp_path)
 
     assert [_without_seconds(line) for line in again] == [
-        _without_seconds(line) for line in played(tiny(), "fedmkt", cache)
+        _without_seconds(line) for line in tiny_lines("fedmkt", cache)
     ]
 
 
@@ -204,8 +210,25 @@ def test_a_public_set_off_the_domains_has_none_of_their_text() -> None:
 
 
 def test_too_little_text_is_refused() -> None:
-    with pytest.raises(NotEnoughText, match="domain 'first' has 60 chunks, 141 wanted"):
+    with pytest.raises(NotEnoughText, match="domain 'first' has 60 chunks, 142 wanted"):
         draw(tiny(texts=tiny().texts.model_dump() | {"test": 104}), tiny_pool(), 0)
+
+
+@pytest.mark.data
+def test_real_texts_fill_four_domains(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDMKT_DATA_DIR", str(data_dir))
+    texts = draw(Setting.read(EXPERIMENTS / "full" / "real_texts.toml"), real_pool(), 10)
+
+    assert list(texts.private) == ["dialogues", "problems", "questions", "shakespeare"]
+    assert len(texts.public) == 4 * (4 * 24 + 8)
+    assert all(len(text.encode()) <= 256 for text in texts.general if len(text.split()) > 1)
+
+
+def test_without_a_data_folder_real_texts_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEDMKT_DATA_DIR", str(tmp_path))
+    real_pool.cache_clear()
+    with pytest.raises(NoRealTexts, match="FEDMKT_DATA_DIR names no folder"):
+        real_pool()
 
 
 @pytest.mark.parametrize(
@@ -239,30 +262,40 @@ def test_every_experiment_of_the_repository_is_sound(path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_what_is_finished_is_never_repeated(tmp_path: Path) -> None:
-    folders = Folders(tmp_path / "results", tmp_path / "cache", tmp_path / "texts")
+def test_what_is_finished_is_never_repeated(tmp_path: Path, cache: Path) -> None:
+    folders = Folders(tmp_path / "results", cache, tmp_path / "texts")
     setting = tiny(arms=["zero_shot", "fedmkt"])
+    tiny_seed(setting, cache)  # a process of its own for each stage takes long
 
-    def names() -> list[str]:
+    def names(kill_at: str = "") -> list[str]:
         found: list[str] = []
-        run(
-            [setting],
-            folders,
-            workers=1,
-            tell=lambda name, done, total: found.append(name) if done == total else None,
-            pool=tiny_pool(),
-        )
-        return [name for name in found if name.startswith("tiny")]
 
-    first = names()
-    assert "tiny fedmkt, seed 0" in first
+        def tell(name: str, done: int, total: int) -> None:
+            nonlocal kill_at
+            if name == kill_at:
+                kill_at = ""
+                _kill_workers()
+            elif done == total:
+                found.append(name)
+
+        run([setting], folders, workers=1, tell=tell, pool=tiny_pool())
+        return found
+
+    assert names(kill_at="tiny fedmkt, seed 0")[-1] == "tiny fedmkt, seed 0"
     before = read_lines(folders.of(setting))
+    assert {line.arm for line in before} == {"zero_shot", "fedmkt"}
     unfinished = Unit(setting, "fedmkt", 0).file(folders)
     unfinished.rename(unfinished.with_name(f".{unfinished.name}.1"))  # as a unit that was killed leaves it
 
     assert names() == ["tiny fedmkt, seed 0"]
     assert list(map(_without_seconds, read_lines(folders.of(setting)))) == list(map(_without_seconds, before))
     assert names() == []
+
+
+def _kill_workers() -> None:
+    for child in psutil.Process().children(recursive=True):
+        if any("spawn_main" in part for part in child.cmdline()):
+            child.kill()
 
 
 def test_units_come_seed_by_seed_and_their_results_outlive_new_arms_and_seeds() -> None:
@@ -409,7 +442,7 @@ def test_only_the_last_round_counts() -> None:
 def test_a_report_replaces_what_stands_between_the_markers_and_nothing_else(tmp_path: Path) -> None:
     folders, document = Folders(tmp_path, tmp_path, tmp_path), tmp_path / "experiments.md"
     write_lines(folders.of(tiny()) / "all.jsonl", some_lines())
-    document.write_text("before\n<!-- tiny: begin -->\nold\n<!-- tiny: end -->\nafter\n")
+    document.write_text("before\n<!-- tiny: begin -->\nolder tables\n<!-- tiny: end -->\nafter\n")
 
     write_report([tiny()], folders, document)
     first, plot = document.read_text(), (tmp_path / "experiments" / "tiny.svg").read_bytes()
@@ -418,14 +451,21 @@ def test_a_report_replaces_what_stands_between_the_markers_and_nothing_else(tmp_
 
     assert first.startswith("before\n<!-- tiny: begin -->\n\n**Does it run?**\n")
     assert first.endswith("\n<!-- tiny: end -->\nafter\n")
-    assert "old" not in first
+    assert "older tables" not in first
     assert document.read_text() == first
     assert (tmp_path / "experiments" / "tiny.svg").read_bytes() == plot
     assert b"LLM minus public only" in plot
 
 
-def test_missing_results_and_markers_are_refused() -> None:
+def test_missing_results_and_half_markers_are_refused() -> None:
     with pytest.raises(NoResults, match="'tiny' has 0 lines"):
         Results(tiny(), [])
-    with pytest.raises(NoMarkers, match="<!-- tiny: begin -->"):
-        put_between("nothing here", "tiny", ["x"])
+    with pytest.raises(HalfMarked, match=r"<!-- tiny: begin --> \.\.\. <!-- tiny: end --> is missing"):
+        put_between("text\n<!-- tiny: begin -->\n", "tiny", ["x"])
+
+
+def test_a_document_without_markers_gets_them_at_its_end() -> None:
+    found = put_between("# Title\n", "tiny", ["x"])
+
+    assert found == "# Title\n\n## Tiny\n\n<!-- tiny: begin -->\n\nx\n\n<!-- tiny: end -->\n"
+    assert put_between(found, "tiny", ["x"]) == found

@@ -64,8 +64,9 @@ EVERYTHING: dict[str, Any] = {
     },
     "llmServer": {
         "image": "registry.example.org/llm-server@sha256:00", "model": "org/big", "modelRevision": "0" * 40,
-        "modelClaim": "models", "gpus": 4, "serviceAccountName": "plain", "autoscaling": {"enabled": True},
-        "state": {"storageClassName": "ssd"}, "env": {"FEDMKT_DTYPE": "bfloat16"}, "nodeSelector": {"gpu": "yes"},
+        "modelClaim": "models", "gpus": 4, "shard": True, "serviceAccountName": "plain",
+        "autoscaling": {"enabled": True}, "state": {"storageClassName": "ssd"},
+        "env": {"FEDMKT_DTYPE": "bfloat16"}, "nodeSelector": {"gpu": "yes"},
         "tolerations": [{"key": "gpu", "operator": "Exists"}],
     },
     "ingress": {
@@ -294,6 +295,7 @@ def test_secrets_are_references_alone(full: dict[tuple[str, str], Any]) -> None:
         ({**REQUIRED, "coordinator": {"image": "a:1", "replica": 2}}, "replica"),
         ({**REQUIRED, "coordinator": {"image": "a:1", "env": {"FEDMKT_OPERATOR_TOKEN": "s3cret"}}}, "FEDMKT_OPERATOR"),
         ({**REQUIRED, "llmServer": {"image": "a:1", "model": "org/big"}}, "modelRevision"),
+        ({**REQUIRED, "llmServer": {**REQUIRED["llmServer"], "gpus": 1, "shard": True}}, "gpus"),
         ({**REQUIRED, "artifacts": {"url": "/data/artifacts"}}, "s3://"),
         ({**REQUIRED, "ingress": {"enabled": True, "host": "fedmkt.example.org"}}, "tlsSecret"),
         ({**REQUIRED, "networkPolicy": {"coordinatorPorts": []}}, "coordinatorPorts"),
@@ -360,7 +362,7 @@ def test_nothing_goes_out_but_to_the_ports_that_are_named(plain: dict[tuple[str,
 
 
 @needs_helm
-def test_several_gpus_are_asked_for_and_the_base_is_spread_over_them(
+def test_several_gpus_are_asked_for_and_get_a_process_each(
     plain: dict[tuple[str, str], Any], full: dict[tuple[str, str], Any]
 ) -> None:
     with_gpus, without = container(pods(full)["llm-server"]), container(pods(plain)["llm-server"])
@@ -370,6 +372,7 @@ def test_several_gpus_are_asked_for_and_the_base_is_spread_over_them(
     assert environment(pods(full)["llm-server"])["FEDMKT_SHARD"] == "true"
     assert "nvidia.com/gpu" not in without["resources"]["limits"]
     assert "command" not in without
+    assert "FEDMKT_SHARD" not in environment(pods(plain)["llm-server"])
 
 
 @needs_helm

@@ -107,6 +107,8 @@ class Job:
         self.llm = Llm(lambda: load_base(folder / llm, device="cpu"), state, gradient_checkpointing=False)
         self.desk = Desk(self.llm, state, self.fetch, self.store)
         self.site = Party(load_base(folder / "site", device="cpu"), self.config.lora, seed=0)
+        vocab_map = build_vocab_map(self.site.vocabulary, self.llm.vocabulary, self.config.distillation.map_method)
+        self.vocabulary_map = self.store(vocab_map.to_bytes())
         self.knowledge_mib = self.rows = 0.0
 
     def fetch(self, digest: str) -> Path:
@@ -125,14 +127,12 @@ class Job:
         known = shared_knowledge(own_knowledge(self.site, plan, adapter_version=1), self.config.knowledge)
         self.knowledge_mib = sum(column.nbytes for column in (known.token_ids, known.logprobs)) / MIB
         self.rows = known.rows
-        vocabulary, method = self.site.vocabulary, self.config.distillation.map_method
+        vocabulary = self.site.vocabulary
         shared: dict[str, Any] = {
             "knowledge": self.store(encode(known)),
             "vocabulary": vocabulary.fingerprint,
             "vocabulary_artifact": self.store(vocabulary.to_bytes()),
-            "vocabulary_maps": {
-                method: self.store(build_vocab_map(vocabulary, self.llm.vocabulary, method).to_bytes())
-            },
+            "vocabulary_maps": {self.config.distillation.map_method: self.vocabulary_map},
             "private_samples": 5,
         }
         return DistillJob(

@@ -182,10 +182,11 @@ def launched(play: Play) -> Iterator[list[Launched]]:
         psutil.wait_procs(family, timeout=30)
 
 
+@pytest.mark.parametrize("killed", ["follower", "leader"])
 def test_two_processes_are_one_server_and_a_killed_one_costs_no_more_than_a_checkpoint(
-    play: Play, launched: list[Launched]
+    play: Play, launched: list[Launched], killed: str
 ) -> None:
-    """The leader halts after step 3 of round 2; there its follower is killed, and the launcher starts both again."""
+    """The leader halts after step 3 of round 2; there one of them is killed, and the launcher starts both again."""
     two = Launched(
         play.coordinator,
         play.folder / "two",
@@ -195,8 +196,11 @@ def test_two_processes_are_one_server_and_a_killed_one_costs_no_more_than_a_chec
     federation_id, agent = play.begin(config("two", epochs=1))
     play.ask(federation_id, 2)
     leader = two.until_halted()
-    two.process(1).kill()
-    leader.resume()
+    if killed == "leader":
+        leader.kill()
+    else:
+        two.process(1).kill()
+        leader.resume()
     found = play.results(federation_id, 2)
     pages = two.status()
     assert agent.end() is None
