@@ -64,7 +64,15 @@ def test_every_command_has_an_example_that_names_it() -> None:
     found = dict(commands(typer.main.get_command(cli.app)))
     assert set(found) == {
         *("demo", "doctor", "evaluate", "version", "vocab-map", "federation create", "federation show"),
-        *("audit export", "audit verify", "data check", "knowledge inspect", "site token", "rounds start", "rounds watch"),
+        *(
+            "audit export",
+            "audit verify",
+            "data check",
+            "knowledge inspect",
+            "site token",
+            "rounds start",
+            "rounds watch",
+        ),
         *("rounds pause", "rounds resume", "rounds cancel"),
         *("adapter list", "adapter promote", "adapter rollback", "adapter download", "adapter export"),
     }

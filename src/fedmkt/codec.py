@@ -39,8 +39,7 @@ class MalformedKnowledge(Refusal):
     code: ClassVar[str] = "knowledge.malformed"
     title: ClassVar[str] = "The knowledge breaks its format"
     remedy: ClassVar[str] = (
-        "The blob was changed on its way, or its maker breaks docs/protocol.md: send it again, then look at the "
-        "maker."
+        "The blob was changed on its way, or its maker breaks docs/protocol.md: send it again, then look at the maker."
     )
 
 

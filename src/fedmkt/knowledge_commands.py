@@ -45,15 +45,15 @@ def inspect(
 
     Example: fedmkt knowledge inspect --pending --state-dir agent
     """
+    from fedmkt.knowledge import read_index
     from fedmkt.knowledge_report import view
     from fedmkt.outbox import Outbox
 
     shown: dict[str, object] = {}
     if pending:
         outbox = Outbox(state_dir)
-        about, approval = outbox.pending(), outbox.approval()
-        approved = approval is not None and approval.round_id == about.round_id
-        shown = {"round_id": about.round_id, "round_number": about.round_number, "approved": approved}
+        about = outbox.pending()
+        shown = {"round_id": about.round_id, "round_number": about.round_number, "approved": outbox.approved(about)}
         shown["files"] = {item: each.model_dump(exclude={"made_with"}) for item, each in about.items.items()}
         if "report" in about.items:
             shown["report"] = json.loads(outbox.read("report"))
@@ -64,7 +64,7 @@ def inspect(
         raise NothingNamed("name a file, or ask for --pending with the agent's --state-dir")
     seen = None
     if blob is not None:
-        header = view(blob, samples=0).header
+        header = read_index(blob).header
         vocabulary = _vocabulary(state_dir, header.vocabulary_fingerprint)
         public_set = _public_set(state_dir, header.public_set_digest)
         seen = view(blob, vocabulary=vocabulary, public_set=public_set, samples=samples, rows=rows, entries=entries)

@@ -133,5 +133,11 @@ class Outbox:
         except (FileNotFoundError, ValidationError):
             return None
 
+    def approved(self, about: About) -> bool:
+        """Whether the last approval covers this round's files as they are now; the report needs none of its own."""
+        approval = self.approval()
+        files = {pending.digest for item, pending in about.items.items() if item != "report"}
+        return approval is not None and approval.round_id == about.round_id and files <= set(approval.digests)
+
     def _write(self, about: About) -> None:
         write_atomically(self._about_file, about.model_dump_json(indent=1).encode())

@@ -1,9 +1,11 @@
 """One coordinator and one LLM server in the test's process, and what a test needs to start agents beside them."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedmkt.protocol import FederationConfig
@@ -51,13 +53,49 @@ class World:
         self.until_ready(federation_id, site)  # models of one process are loaded one after the other
         return agent
 
-    def until_ready(self, federation_id: str, site: str) -> None:
+    def until_ready(self, federation_id: str, site: str, timeout_s: float = 60) -> None:
         with self.coordinator.client() as operator:
-            until(lambda: any(s.name == site and s.state == "ready" for s in operator.federation(federation_id).sites))
+            until(
+                lambda: any(s.name == site and s.state == "ready" for s in operator.federation(federation_id).sites),
+                timeout_s,
+            )
 
     def request(self, federation_id: str, count: int = 1) -> None:
         with self.coordinator.client() as operator:
             operator.request_rounds(federation_id, count)
+
+
+class Pages:
+    """An agent's status pages, once its settings' folder says where they are."""
+
+    def __init__(self, settings: Settings | None = None, port: int | None = None) -> None:
+        self._settings, self._port = settings, port
+
+    @classmethod
+    def at(cls, port: int) -> "Pages":
+        """Where they will be, whatever state the folder is in."""
+        return cls(port=port)
+
+    def __enter__(self) -> "Pages":
+        if self._settings is not None:
+            address = self._settings.state_dir / "status.json"
+            until(lambda: address.exists() and address.stat().st_size > 0, 60)
+            self._port = json.loads(address.read_bytes())["port"]
+        self._http = httpx.Client(base_url=f"http://127.0.0.1:{self._port}", trust_env=False)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._http.close()
+
+    def answers(self) -> bool:
+        try:
+            return self._http.get("/healthz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def status(self) -> dict[str, Any]:
+        shown: dict[str, Any] = self._http.get("/status").json()
+        return shown
 
 
 class Recording:

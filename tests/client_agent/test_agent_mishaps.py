@@ -1,24 +1,23 @@
 """Agents and what goes wrong: deadlines missed, a coordinator that restarts, a site that is revoked, tokens."""
 
-import json
 import re
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import pytest
 
-from agent_world import World
-from fedmkt.client import CoordinatorProblem
-from fedmkt.protocol import Schedule
-from fedmkt.stopping import StopFlag
+from agent_world import Pages, World
+from fedmkt.protocol import PROTOCOL_VERSION, Schedule
+from fedmkt.stopping import StopFlag, Stopped
 from fedmkt_client_agent.enrolment import NotEnrolled, OtherCoordinator
 from fedmkt_client_agent.main import serve as serve_agent
-from live_coordinator import tiny_config, until
+from fedmkt_client_agent.store import AgentStore
+from fedmkt_coordinator import handshake
+from live_coordinator import Background, tiny_config, until
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(400)]
 
 
 def test_a_site_that_missed_the_upload_still_learns(world: World) -> None:
@@ -60,15 +59,27 @@ def test_a_round_survives_a_restart_of_the_coordinator(world: World) -> None:
     assert agent.end() is None
 
 
-def test_a_revoked_site_ends_and_says_why(world: World) -> None:
+def test_a_revoked_site_says_so_stays_and_joins_again_with_a_new_token(world: World, tmp_path: Path) -> None:
     federation_id = world.begin(tiny_config(("north",), name="revoked"))
-    agent = world.start(world.settings(federation_id, "north"), federation_id, "north")
-    with world.coordinator.client() as operator:
+    token = tmp_path / "token"
+    token.write_text(world.coordinator.enrolment_token(federation_id, "north"))
+    settings = world.again(federation_id, "north", enrolment_token_file=token, status_port=0)
+    agent = world.start(settings, federation_id, "north")
+    with world.coordinator.client() as operator, Pages(settings) as pages:
         operator.revoke_site(federation_id, "north")
-    until(lambda: not agent.alive)
-    error = agent.end()
-    assert isinstance(error, CoordinatorProblem)
-    assert error.code == "site.revoked"
+        until(lambda: pages.status()["state"] == "revoked", 120)
+        shown = pages.status()
+        assert shown["reason"].startswith("site.revoked: site north was revoked at")
+        assert "new enrolment token" in shown["to_do"]
+        token.write_text(world.coordinator.enrolment_token(federation_id, "north"))
+        until(lambda: pages.status()["state"] == "waiting", 120)
+        world.request(federation_id)
+        (finished,) = world.coordinator.wait_for_rounds(federation_id, 1)
+    assert finished.sites[0].state == "applied"
+    assert agent.end() is None
+    state = AgentStore(settings.state_dir).load()
+    assert state.key.startswith("key-")
+    assert [path.name for path in settings.state_dir.glob("*.pem")] == [state.key], "the old key is gone"
 
 
 @pytest.mark.parametrize("ahead_s", [50.0, -50.0])
@@ -90,20 +101,18 @@ def test_an_agent_whose_clock_is_too_wrong_says_by_how_much_and_goes_on_when_it_
     federation_id = world.begin(tiny_config(("north",), name="skewed"))
     settings = world.settings(federation_id, "north", status_port=0)
     agent = world.start(settings, federation_id, "north")
-    address = json.loads((settings.state_dir / "status.json").read_bytes())
-    pages = httpx.Client(base_url=f"http://127.0.0.1:{address['port']}")
     world.coordinator.clock_ahead_s = 5000.0
-    try:
-        until(lambda: pages.get("/status").json()["state"] == "failed")
-        reason = pages.get("/status").json()["reason"]
-        assert re.match(r"assertion\.clock: .* made (499\d|500\d) s behind the coordinator's clock", reason)
-        assert "at most 60 s are tolerated: set the site's clock (NTP)" in reason
-    finally:
-        world.coordinator.clock_ahead_s = 0.0
-    world.request(federation_id)
-    (finished,) = world.coordinator.wait_for_rounds(federation_id, 1)
+    with Pages(settings) as pages:
+        try:
+            until(lambda: pages.status()["state"] == "clock_wrong", 120)
+            reason = pages.status()["reason"]
+            assert re.match(r"assertion\.clock: .* made (499\d|500\d) s behind the coordinator's clock", reason)
+            assert "at most 60 s are tolerated: set the site's clock (NTP)" in reason
+        finally:
+            world.coordinator.clock_ahead_s = 0.0
+        world.request(federation_id)
+        (finished,) = world.coordinator.wait_for_rounds(federation_id, 1)
     assert finished.state == "completed"
-    pages.close()
     assert agent.end() is None
 
 
@@ -116,10 +125,55 @@ def test_a_new_site_without_a_token_cannot_begin(world: World) -> None:
         serve_agent(world.again(federation_id, "north"), StopFlag())
 
 
-def test_a_wrong_token_is_refused_by_the_coordinator(world: World) -> None:
+def test_a_token_that_does_not_work_is_shown_and_the_next_one_is_taken_without_a_restart(
+    world: World, tmp_path: Path
+) -> None:
     federation_id = world.begin(tiny_config(("north",), name="wrong"))
-    with pytest.raises(CoordinatorProblem, match="enrolment token is unknown"):
-        serve_agent(world.again(federation_id, "north", enrolment_token="guessed"), StopFlag())
+    token = tmp_path / "token"
+    token.write_text("guessed")
+    settings = world.again(federation_id, "north", enrolment_token_file=token, status_port=0)
+    agent = Background(serve_agent, settings)
+    with Pages(settings) as pages:
+        until(lambda: pages.status()["state"] == "enrolment_refused", 120)
+        assert "enrolment token is unknown" in pages.status()["reason"]
+        assert "ask the operator for a new enrolment token" in pages.status()["to_do"]
+        token.write_text(world.coordinator.enrolment_token(federation_id, "north"))
+        until(lambda: pages.status()["state"] == "waiting", 120)
+    assert agent.end() is None
+
+
+def test_an_expired_token_is_named_with_when_it_expired(world: World) -> None:
+    federation_id = world.begin(tiny_config(("north",), name="expired"))
+    settings = world.settings(federation_id, "north", status_port=0)
+    world.coordinator.clock_ahead_s = 400 * 86400.0
+    try:
+        agent = Background(serve_agent, settings)
+        with Pages(settings) as pages:
+            until(lambda: pages.status()["state"] == "enrolment_refused", 120)
+            assert "the enrolment token of site north expired at" in pages.status()["reason"]
+        assert isinstance(agent.end(), Stopped), "it was still trying"
+    finally:
+        world.coordinator.clock_ahead_s = 0.0
+
+
+def test_a_coordinator_of_another_protocol_is_named_and_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation_id = world.begin(tiny_config(("north",), name="upgraded"))
+    settings = world.settings(federation_id, "north", status_port=0)
+    agent = world.start(settings, federation_id, "north")
+    with Pages(settings) as pages:
+        for spoken, older in ((PROTOCOL_VERSION + 1, "client"), (PROTOCOL_VERSION - 1, "coordinator")):
+            monkeypatch.setattr(handshake, "PROTOCOL_VERSION", spoken)
+            until(lambda: pages.status()["state"] == "protocol_mismatch", 120)
+            said = f"speaks protocol {spoken}, the client {PROTOCOL_VERSION}; update the {older}"
+            until(lambda said=said: said in pages.status()["reason"], 120)  # type: ignore[misc]  # a default binds it
+        assert "upgrade the older of the two" in pages.status()["to_do"]
+        monkeypatch.setattr(handshake, "PROTOCOL_VERSION", PROTOCOL_VERSION)
+        world.request(federation_id)
+        (finished,) = world.coordinator.wait_for_rounds(federation_id, 1)
+    assert finished.sites[0].state == "applied"
+    assert agent.end() is None
 
 
 def test_a_state_folder_belongs_to_one_coordinator(world: World) -> None:

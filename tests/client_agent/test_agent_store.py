@@ -1,6 +1,8 @@
 """The agent's folder: a killed process leaves a whole step behind or none. And its settings and status pages."""
 
+import io
 import json
+import logging
 from pathlib import Path
 
 import httpx
@@ -8,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from fedmkt.local_server import serve_in_thread
+from fedmkt.logs import configure_logs, hide_paths
 from fedmkt_client_agent.settings import Settings
 from fedmkt_client_agent.status import Status, build_app
 from fedmkt_client_agent.store import AgentState, AgentStore, RoundWork, StateUnreadable, write_atomically
@@ -103,6 +106,26 @@ def test_the_enrolment_token_may_lie_in_a_file_that_is_not_there_yet(tmp_path: P
     assert settings(tmp_path, enrolment_token="direct").token() == "direct"
     with pytest.raises(ValidationError, match="give the enrolment token once"):
         settings(tmp_path, enrolment_token="direct", enrolment_token_file=tmp_path / "token")
+
+
+def test_paths_of_this_host_are_replaced_in_every_line_of_the_log(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    before = list(logging.getLogger().handlers)
+    hide_paths(settings(tmp_path, state_dir=tmp_path / "state", policy_file=tmp_path / "policy.toml").paths())
+    try:
+        handler = configure_logs("agent", stream=stream)
+        try:
+            (tmp_path / "p.jsonl").read_text()
+        except OSError:
+            logging.getLogger("fedmkt.test").exception("private.gone", extra={"at": str(tmp_path / "state" / "x")})
+        assert handler in logging.getLogger().handlers
+    finally:
+        hide_paths({})
+        logging.getLogger().handlers[:] = before
+    line = stream.getvalue()
+    assert "'(private text)'" in line
+    assert '"(state folder)/x"' in line
+    assert str(tmp_path / "p.jsonl") not in line
 
 
 def test_the_enrolment_token_is_not_shown(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ ALWAYS = (
         "body.too_large",
         "The body is too large",
         ("the body has ... bytes, at most ... are accepted",),
-        "Send large things as uploads in chunks or artifacts in parts; docs/api.md shows both.",
+        "Send large things as uploads, in chunks; docs/api.md shows how.",
     ),
     Known(500, "internal", "Internal error", ("the coordinator made a mistake; the request may be sent again",)),
 )

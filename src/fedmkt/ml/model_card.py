@@ -244,7 +244,8 @@ def _questions(distilled: Distilled, *, diverged: bool) -> str:
             ("Rouge-L of free answers", before.rouge_samples, before.rouge_l, after and after.rouge_l),
         ):
             if was is not None:
-                rows.append((_text(name), what, str(count), f"{was:.4f}", "not finite" if now is None else f"{now:.4f}"))
+                now_text = "not finite" if now is None else f"{now:.4f}"
+                rows.append((_text(name), what, str(count), f"{was:.4f}", now_text))
     return f"\n\n{_Table(('domain', 'questions', 'how many', 'before', 'after'), rows)}" if rows else ""
 
 
