@@ -90,6 +90,15 @@ bench: $(STAMP)  ## measure the core beside plain contenders; results in benchma
 	@$(PYTEST) -c benchmarks/pytest.ini benchmarks
 	@$(VENV)/bin/python -m benchmarks.coverage
 
+.PHONY: experiments experiments-full
+experiments: $(STAMP)  ## play the arms in three scenarios with five seeds (about 25 minutes on 2 cores); tables in docs/experiments.md
+	@$(VENV)/bin/python -m experiments run experiments/quick/*.toml
+	@$(VENV)/bin/python -m experiments report experiments/quick/*.toml
+
+experiments-full: $(STAMP)  ## ablations, other teachers and other public sets with ten seeds: many hours; what is finished is kept
+	@$(VENV)/bin/python -m experiments run experiments/full/*.toml
+	@$(VENV)/bin/python -m experiments report experiments/full/*.toml
+
 .PHONY: fuzz
 fuzz: $(STAMP)  ## fuzz every reader of foreign bytes: SECONDS=600 on knowledge, a fifth each on maps, vocabularies, public sets
 	@cd tests && ../$(VENV)/bin/python -m fuzz.run --seconds $(SECONDS)
@@ -133,6 +142,15 @@ lock:  ## renew constraints.txt with the newest versions that pyproject.toml all
 .PHONY: troubleshooting
 troubleshooting: $(STAMP)  ## renew docs/troubleshooting.md from the problems in the source
 	@$(VENV)/bin/python -W ignore deploy/troubleshooting.py > docs/troubleshooting.md
+
+.PHONY: sbom
+sbom: $(STAMP)  ## what is installed in .venv: build/sbom/sbom.cdx.json (CycloneDX) and build/sbom/licences.md
+	@$(PYTHON) -m venv --clear build/sbom/tools
+	@build/sbom/tools/bin/pip install --quiet 'cyclonedx-bom==7.5.0' 'pip-licenses==5.5.5'
+	@build/sbom/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-format JSON \
+		--output-file build/sbom/sbom.cdx.json $(VENV)/bin/python
+	@build/sbom/tools/bin/pip-licenses --python $(VENV)/bin/python --from mixed --order license --format markdown \
+		--output-file build/sbom/licences.md
 
 .PHONY: clean
 clean:  ## remove the environment, caches and build output; runs/ stays

@@ -182,6 +182,12 @@ def test_the_chart_is_linted(values: dict[str, Any]) -> None:
 
 
 @needs_helm
+def test_the_values_of_the_documentation_are_enough() -> None:
+    (block,) = re.findall(r"```yaml\n(.+?)```", (REPOSITORY / "docs" / "scale.md").read_text(), re.DOTALL)
+    assert ("Ingress", "") in manifests(yaml.safe_load(block))
+
+
+@needs_helm
 @pytest.mark.parametrize("version", ["1.27", "1.37"])
 def test_every_manifest_is_what_kubernetes_expects(
     version: str, plain: dict[tuple[str, str], Any], full: dict[tuple[str, str], Any]

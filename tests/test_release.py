@@ -32,7 +32,7 @@ EVERY_MODULE = """
 import importlib, pkgutil, sys
 for name in sys.argv[1:]:
     package = importlib.import_module(name)
-    for each in pkgutil.walk_packages(package.__path__, name + "."):
+    for each in pkgutil.walk_packages(getattr(package, "__path__", []), name + "."):
         if not each.name.endswith("__main__") and ".migrations." not in each.name:
             importlib.import_module(each.name)
 """

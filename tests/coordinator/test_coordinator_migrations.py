@@ -169,6 +169,10 @@ async def test_every_older_row_is_read_by_the_store(older: AsyncEngine) -> None:
         assert len(await tx.maps(pairs)) == count["vocabulary_maps"]
 
 
+def older_blob(name: str) -> bytes:
+    return base64.b64decode(OLDER["objects"][name])
+
+
 async def test_a_round_in_flight_goes_on_after_the_upgrade(
     older: AsyncEngine,
     worlds: Worlds,
@@ -177,7 +181,7 @@ async def test_a_round_in_flight_goes_on_after_the_upgrade(
     database_url: str | None,
     redis_server: RedisProcess,
 ) -> None:
-    """North's receipt of before is honoured; south, whose chunks may lie elsewhere now, completes; rounds go on."""
+    """North's receipt is honoured; south, half sent in an older format of knowledge, sends the new one; rounds go on."""
     clock.now = datetime.fromisoformat(OLDER["now"])
     world = await worlds.open(settings_for(state_dir, redis_server.url, database_url=database_url))
     world.federation_id = OLDER["federation_id"]
@@ -185,14 +189,19 @@ async def test_a_round_in_flight_goes_on_after_the_upgrade(
         world.sites[name] = await older_site(world, name)
     view = await world.round(2)
     receipt = UploadReceipt.model_validate(OLDER["receipt"])
-    assert await world.upload(world.sites["north"], view) == receipt
+    assert await world.upload(world.sites["north"], view, older_blob(f"artifacts/17/{receipt.digest}")) == receipt
     south = world.sites["south"]
-    blob = world.blob(south, view)
-    state = await world.send_chunks(south, world.manifest(south, view, blob), blob)
-    completed = await world.send("POST", f"/v1/uploads/{state.upload_id}/complete", south)
-    if completed.status_code != 200:
-        assert completed.json()["code"] == "upload.incomplete"
-        await world.upload(south, view)
+    half_sent = older_blob("uploads/upload_7d806025191c3ca4002e/00000")
+    state = await world.send_chunks(south, world.manifest(south, view, half_sent), half_sent)
+    assert state.upload_id == "upload_7d806025191c3ca4002e"
+    complete = f"/v1/uploads/{state.upload_id}/complete"
+    first_answer = (await world.send("POST", complete, south)).json()["code"]
+    if first_answer == "upload.incomplete":
+        await world.send_chunks(south, world.manifest(south, view, half_sent), half_sent)
+        await world.refused("knowledge.unsupported_version", "POST", complete, south)
+    else:
+        assert first_answer == "knowledge.unsupported_version"
+    await world.upload(south, view)
     await world.distill()
     for site in world.sites.values():
         await world.report(site, view)

@@ -105,7 +105,7 @@ BAD = {
     "another public set's": (header(public_set_digest="0" * 64), "knowledge.wrong_public_set"),
     "another vocabulary's": (header(vocabulary_fingerprint="0" * 64), "knowledge.wrong_vocabulary"),
     "a larger vocabulary": (header(vocabulary_size=100_000), "knowledge.wrong_vocabulary"),
-    "other settings": (header(top_k=3), "knowledge.wrong_settings"),
+    "other settings": (header(max_tokens=9), "knowledge.wrong_settings"),
     "ids beyond the vocabulary": (beyond_the_vocabulary, "knowledge.token_out_of_range"),
     "not a number": (not_a_number, "knowledge.malformed"),
     "a bomb": (bomb, "knowledge.bomb"),
