@@ -3,6 +3,7 @@
 import functools
 import pydoc_data.topics
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 from experiments.arms import ARMS
-from experiments.lines import Line, read_lines, write_lines
+from experiments.lines import Line, write_lines
 from experiments.paired import difference, interval
 from experiments.play import StepsDiffer, play
 from experiments.report import HalfMarked, NoResults, Results, put_between, tables, write_report
@@ -18,7 +19,7 @@ from experiments.setting import Setting
 from experiments.starts import Seed, make_start
 from experiments.teaching import mean_targets, right_teachers
 from experiments.texts import NoRealTexts, Pool, draw, real_pool
-from experiments.units import Folders, Unit, run, units_of
+from experiments.units import Folders, Unit, finished_lines, run, units_of
 from pydantic import ValidationError
 
 from fedmkt.alignment import SparseTargets
@@ -282,13 +283,13 @@ def test_what_is_finished_is_never_repeated(tmp_path: Path, cache: Path) -> None
         return found
 
     assert names(kill_at="tiny fedmkt, seed 0")[-1] == "tiny fedmkt, seed 0"
-    before = read_lines(folders.of(setting))
+    before = finished_lines(setting, folders)
     assert {line.arm for line in before} == {"zero_shot", "fedmkt"}
     unfinished = Unit(setting, "fedmkt", 0).file(folders)
     unfinished.rename(unfinished.with_name(f".{unfinished.name}.1"))  # as a unit that was killed leaves it
 
     assert names() == ["tiny fedmkt, seed 0"]
-    assert list(map(_without_seconds, read_lines(folders.of(setting)))) == list(map(_without_seconds, before))
+    assert list(map(_without_seconds, finished_lines(setting, folders))) == list(map(_without_seconds, before))
     assert names() == []
 
 
@@ -296,6 +297,14 @@ def _kill_workers() -> None:
     for child in psutil.Process().children(recursive=True):
         if any("spawn_main" in part for part in child.cmdline()):
             child.kill()
+
+
+def test_an_arm_that_plays_otherwise_has_other_results() -> None:
+    arm = ARMS["fedmkt"]
+
+    assert replace(arm, about="in other words").digest == arm.digest
+    assert replace(arm, replay=False).digest != arm.digest
+    assert len({each.digest for each in ARMS.values()}) == len(ARMS)
 
 
 def test_units_come_seed_by_seed_and_their_results_outlive_new_arms_and_seeds() -> None:
@@ -427,9 +436,9 @@ def some_lines() -> list[Line]:
 def test_tables_hold_means_and_paired_differences() -> None:
     found = list(tables(Results(tiny(), some_lines())))
 
-    assert "| fedmkt | 2.6250 | 50.0% | -0.3750 [-0.5000, -0.2500] * | 75.0% |  |" in found
-    assert "| public only | 3.0000 | 50.0% |  |  |  |" in found
-    assert "| fedmkt | 2.6250 | 2.6250 | 2 | 40.0 |" in found
+    assert "| fedmkt | 2.6250 | 50.0% | -0.3750 [-0.5000, -0.2500] * | 75.0% |  | 0% |" in found
+    assert "| public only | 3.0000 | 50.0% |  |  |  | 0% |" in found
+    assert "| fedmkt | 2.6250 | 2.6250 | 2 | 40.0 | 0% |" in found
     assert "| second | -0.3750 [-0.5000, -0.2500] * |  |  |  |" in found
 
 
@@ -441,7 +450,8 @@ def test_only_the_last_round_counts() -> None:
 
 def test_a_report_replaces_what_stands_between_the_markers_and_nothing_else(tmp_path: Path) -> None:
     folders, document = Folders(tmp_path, tmp_path, tmp_path), tmp_path / "experiments.md"
-    write_lines(folders.of(tiny()) / "all.jsonl", some_lines())
+    for arm in ("public_only", "fedmkt"):
+        write_lines(Unit(tiny(), arm, 0).file(folders), [one for one in some_lines() if one.arm == arm])
     document.write_text("before\n<!-- tiny: begin -->\nolder tables\n<!-- tiny: end -->\nafter\n")
 
     write_report([tiny()], folders, document)

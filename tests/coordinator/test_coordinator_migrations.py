@@ -181,7 +181,7 @@ async def test_a_round_in_flight_goes_on_after_the_upgrade(
     database_url: str | None,
     redis_server: RedisProcess,
 ) -> None:
-    """North's receipt is honoured; south, half sent in an older format of knowledge, sends the new one; rounds go on."""
+    """North's receipt is honoured; south, half sent in an older format of knowledge, sends anew; rounds go on."""
     clock.now = datetime.fromisoformat(OLDER["now"])
     world = await worlds.open(settings_for(state_dir, redis_server.url, database_url=database_url))
     world.federation_id = OLDER["federation_id"]
