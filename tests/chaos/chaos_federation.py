@@ -214,7 +214,8 @@ class Federation:
         self._audit_receipts(views, events, all_read=not sites_killed)
         self._audit_lineage(views, events)
         said = {log.name: log.read_text(errors="replace") for log in (self.folder / "logs").iterdir()}
-        assert [name for name, text in said.items() if "Traceback" in text] == [], self.log_ends()
+        mistakes = {name: around(text, "Traceback") for name, text in said.items() if "Traceback" in text}
+        assert mistakes == {}, self.log_ends()
 
     def _audit_transitions(self, rounds: list[RoundView], events: list[Event]) -> None:
         assert [event.sequence for event in events] == list(range(1, len(events) + 1))
@@ -301,3 +302,9 @@ def _free_ports(count: int) -> list[int]:
     for listener in listeners:
         listener.close()
     return ports
+
+
+def around(text: str, word: str) -> str:
+    """Where the word first stands, with what leads to it and what follows."""
+    at = text.index(word)
+    return text[max(0, at - 1000) : at + 5000]
