@@ -6,11 +6,12 @@ once.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]  # ships no annotations
 
 import fedmkt.teachers
@@ -165,8 +166,12 @@ class _Federation:
 
 
 @pytest.fixture(scope="module")
-def federation() -> _Federation:
-    return _Federation()
+def federation() -> Iterator[_Federation]:
+    """One thread, which is what every process of the demo has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield _Federation()
+    torch.set_num_threads(threads)
 
 
 def _measured(

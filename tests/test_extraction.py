@@ -1,7 +1,10 @@
 """Knowledge from real models: equal to the plain forward pass, cut exactly, and never with ids beyond the tokenizer."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from threading import current_thread
+from threading import enumerate as enumerate_threads
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from fedmkt.knowledge import EmptyKnowledge, Knowledge, KnowledgeNotFinite, check, decode, encode
+from fedmkt.ml import extraction, inference
 from fedmkt.ml.batches import SampleTooLong, collate, tokenize
 from fedmkt.ml.extraction import WIDE_TOP_K, WIDE_TOP_P, cut_rows, extract
 from fedmkt.ml.head import find_plain_head, logit_blocks, row_logits
@@ -191,6 +195,53 @@ def test_batch_size_does_not_change_knowledge(parties: dict[str, Party], batch_t
         one, other = extracted(parties[name]), extracted(parties[name], batch_tokens=batch_tokens)
         assert np.array_equal(one.token_ids, other.token_ids)
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2, "lanes give back the threads that they share out"
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batches_that_run_side_by_side_are_those_of_one_after_the_other(
+    parties: dict[str, Party], architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    party = parties[architecture]
+    seen: list[int] = []
+    lanes: set[str] = set()
+
+    def cut(*arguments: Any, **options: Any) -> extraction.Kept:
+        lanes.add(current_thread().name)
+        return cut_rows(*arguments, **options)
+
+    monkeypatch.setattr(extraction, "cut_rows", cut)
+    side_by_side = extracted(party, batch_tokens=1, progress=lambda done, total: seen.append(done))
+    assert seen == sorted(seen)
+    assert len(seen) >= inference.LANES * inference.BATCHES_A_LANE
+    assert lanes == {f"lane_{number}" for number in range(inference.LANES)}
+    monkeypatch.setattr(inference, "BATCHES_A_LANE", 10**6)
+    one_by_one = extracted(party, batch_tokens=1)
+    np.testing.assert_array_equal(side_by_side.token_ids, one_by_one.token_ids)
+    np.testing.assert_allclose(side_by_side.logprobs, one_by_one.logprobs, atol=1e-5)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_progress_that_ends_the_work_ends_every_lane(parties: dict[str, Party]) -> None:
+    def cancel(done: int, total: int) -> None:
+        raise InterruptedError
+
+    party = parties["llama"]
+    party.model.train(True)
+    with pytest.raises(InterruptedError):
+        extracted(party, batch_tokens=1, progress=cancel)
+    assert party.model.training, "the mode is put back"
+    assert not [thread for thread in enumerate_threads() if thread.name.startswith("lane")]
+    party.model.train(False)
 
 
 def test_the_cut_worked_by_hand() -> None:

@@ -9,6 +9,7 @@ instead, and logits made in pieces.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -61,10 +62,16 @@ def _forward(model: nn.Module, batch: Batch) -> Tensor:
 
 @contextmanager
 def _head_input(head: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Inside, the head is given `replace(hidden)`; yields the list of what it would have been given."""
-    seen: list[Tensor] = []
+    """Inside, the head is given `replace(hidden)`; yields the list of what it would have been given.
 
-    def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    Passes of other threads through the same model are none of its business.
+    """
+    seen: list[Tensor] = []
+    mine = get_ident()
+
+    def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if get_ident() != mine:
+            return None
         seen.append(inputs[0])
         return (replace(inputs[0]), *inputs[1:])
 
