@@ -2,12 +2,13 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection
+from sqlalchemy import Connection, func, select
 
 from coordinator_world import CARD, Clock, a_report, config
 from fedmkt.protocol import MapJob
@@ -315,3 +316,23 @@ def test_what_operators_paste_is_understood(tmp_path: Any) -> None:
     assert engine.url.drivername == "postgresql+asyncpg"
     assert dict(engine.url.query) == {"ssl": "require"}
     assert "secret" not in str(engine.url)
+
+
+@pytest.mark.services
+async def test_of_two_transactions_that_wait_for_each_other_one_is_to_come_again(
+    postgres_url: str, state_dir: Path, clock: Clock
+) -> None:
+    """As two replicas may: PostgreSQL gives one up, and that is no mistake of ours but a reason to ask again."""
+    engine = open_engine(postgres_url, state_dir)
+    store, both_hold_one = Store(engine, clock), asyncio.Barrier(2)
+
+    async def hold(first: int, second: int) -> str:
+        async with store.write() as tx:
+            await tx._connection.execute(select(func.pg_advisory_xact_lock(first)))
+            await both_hold_one.wait()
+            await tx._connection.execute(select(func.pg_advisory_xact_lock(second)))
+        return "committed"
+
+    ended = await asyncio.gather(hold(1, 2), hold(2, 1), return_exceptions=True)
+    await engine.dispose()
+    assert sorted(type(each).__name__ for each in ended) == ["DependencyDown", "str"]

@@ -7,8 +7,9 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 # What engines and drivers raise; OSError and its TimeoutError where a connection cannot be made.
 FAILURES = (SQLAlchemyError, sqlite3.Error, asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
-# SQLSTATEs begin so: connection lost, no resources, shut down or starting, a standby that only reads, disk failing.
-AWAY = ("08", "53", "57", "25006", "58")
+# SQLSTATEs begin so: connection lost, given up for another transaction (two replicas that waited for each other), no
+# resources, shut down or starting, a standby that only reads, disk failing.
+AWAY = ("08", "40", "53", "57", "25006", "58")
 SQLITE_AWAY = frozenset(
     {
         sqlite3.SQLITE_BUSY,
